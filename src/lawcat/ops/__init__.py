@@ -1,0 +1,19 @@
+"""Functions on tensors: no modules, no configuration, no transformers."""
+
+from .backend import backend_names, choose_backend, explain, gated_linear_attention, use_backend
+from .chunked import gated_linear_attention_chunked
+from .convolution import causal_conv1d
+from .reference import gated_linear_attention_reference
+from .step import gated_linear_attention_step
+
+__all__ = [
+    "backend_names",
+    "causal_conv1d",
+    "choose_backend",
+    "explain",
+    "gated_linear_attention",
+    "gated_linear_attention_chunked",
+    "gated_linear_attention_reference",
+    "gated_linear_attention_step",
+    "use_backend",
+]

@@ -1,0 +1,40 @@
+"""The causal convolution across tokens on q and on k (equation 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.convolution import causal_conv1d
+
+
+class CausalConvolution(nn.Module):
+    """A filter of K taps a channel; starts as nearly the identity: last tap 1, the others 0.001.
+
+    Args:
+        num_heads: Heads of the input.
+        head_dim: Width of a head.
+        kernel_size: Taps K.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, kernel_size: int) -> None:
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.weight = nn.Parameter(torch.empty(num_heads * head_dim, kernel_size))
+        self.reset_parameters()
+
+    def initial_value(self) -> Tensor:
+        """Return the starting filters [C, K]."""
+        weight = torch.full_like(self.weight, 0.001)
+        weight[:, -1] = 1.0
+        return weight
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the starting values."""
+        self.weight.copy_(self.initial_value())
+
+    def forward(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Convolve x [B, T, heads, D] and return it with the state [B, C, K-1] for the tokens that follow."""
+        y, state = causal_conv1d(x.flatten(2), self.weight.float(), state)
+        return y.unflatten(2, x.shape[2:]), state

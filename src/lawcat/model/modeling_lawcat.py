@@ -1,0 +1,306 @@
+"""The transformers model: the Llama family's decoder with lawcat's attention in each layer.
+
+Everything but the attention is transformers' own (norm, MLP, rotary embedding), so that a teacher's weights keep
+their names and a layer left as softmax computes what the teacher computes, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention import LawcatAttention
+from .cache import LawcatCache
+from .configuration_lawcat import FULL, LINEAR, LawcatConfig
+from .convolution import CausalConvolution
+from .feature_map import FeatureMap
+from .gate import DecayGate
+
+# The parameters that lawcat adds to a teacher, by the attention module's attribute.
+NEW_MODULES = ("q_conv", "k_conv", "feature_map", "decay_gate")
+
+
+class LawcatDecoderLayer(GradientCheckpointingLayer):
+    """Attention and MLP, each with its norm before and its residual after."""
+
+    def __init__(self, config: LawcatConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = LawcatAttention(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Return the layer's output [B, T, hidden]."""
+        attended, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            position_embeddings=position_embeddings,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        return self.add_mlp(hidden_states + attended)
+
+    def add_mlp(self, hidden_states: Tensor) -> Tensor:
+        """Return the residual stream [B, T, hidden] after the MLP; distillation enters here with its own attention."""
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class LawcatPreTrainedModel(PreTrainedModel):
+    """What the model classes share: loading, initialisation, and what transformers may do with them."""
+
+    config: LawcatConfig
+    config_class = LawcatConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LawcatDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = False
+    _supports_attention_backend = True
+    _can_compile_fullgraph = False
+    # The state cannot be taken back to an earlier token, which assisted generation would need.
+    _is_stateful = True
+    _keep_in_fp32_modules_strict = list(NEW_MODULES)  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": LawcatDecoderLayer, "attentions": LawcatAttention}  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        # transformers' init functions leave alone what was loaded from a checkpoint.
+        if isinstance(module, (CausalConvolution, FeatureMap)):
+            init.copy_(module.weight, module.initial_value())
+        elif isinstance(module, DecayGate):
+            init.normal_(module.reduce, mean=0.0, std=module.reduce.shape[1] ** -0.5)
+            init.zeros_(module.expand)
+            init.copy_(module.bias, module.initial_bias())
+
+    def attention_modules(self) -> list[LawcatAttention]:
+        """Return the attention of each layer, first layer first."""
+        return [module for module in self.modules() if isinstance(module, LawcatAttention)]
+
+    @contextlib.contextmanager
+    def teacher_mode(self) -> Iterator[None]:
+        """Within this context every layer computes the teacher's softmax attention from the present weights.
+
+        With untrained projections that is the teacher itself. No cache is kept meanwhile.
+        """
+        modules = self.attention_modules()
+        types = [module.is_linear for module in modules]
+        try:
+            for module in modules:
+                module.is_linear = False
+            yield
+        finally:
+            for module, is_linear in zip(modules, types, strict=True):
+                module.is_linear = is_linear
+
+
+class LawcatModel(LawcatPreTrainedModel):
+    """The decoder without its head."""
+
+    def __init__(self, config: LawcatConfig) -> None:
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            [LawcatDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Return the last hidden states [B, T, hidden] and the cache.
+
+        Args:
+            input_ids: Tokens [B, T], or give ``inputs_embeds`` [B, T, hidden].
+            attention_mask: [B, past + T] or [B, T], 1 for tokens and 0 for (left) padding; or a dict by layer type.
+            position_ids: [B, T]; used by softmax layers and ``linear_rope`` only.
+            past_key_values: A ``LawcatCache`` of what came before.
+            use_cache: Keep and return a cache.
+            kwargs: Handed to the softmax attention function.
+
+        Raises:
+            ValueError: when both or neither of ``input_ids`` and ``inputs_embeds`` are given, for a cache of another
+                class, or for a mask that is not two-dimensional.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if past_key_values is not None and not isinstance(past_key_values, LawcatCache):
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}, which has no place for the state of linear "
+                "attention. Pass a lawcat.LawcatCache(model.config), or none: generate() and use_cache=True make one."
+            )
+        if use_cache and past_key_values is None:
+            past_key_values = LawcatCache(self.config)
+
+        if position_ids is None:
+            past_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_tokens
+            position_ids = position_ids.unsqueeze(0)
+        masks = self._masks(attention_mask, inputs_embeds, position_ids, past_key_values)
+        needs_positions = self.config.linear_rope or FULL in masks
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids) if needs_positions else None
+
+        hidden_states = inputs_embeds
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=masks[LINEAR if layer.self_attn.is_linear else FULL],
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+    def _masks(
+        self,
+        attention_mask: Tensor | dict[str, Tensor] | None,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        past_key_values: Cache | None,
+    ) -> dict[str, Tensor | None]:
+        """Return the mask of each type of layer that this model has."""
+        types = {LINEAR if layer.self_attn.is_linear else FULL for layer in self.layers}
+        if isinstance(attention_mask, dict):
+            return {kind: attention_mask.get(kind) for kind in types}
+        masks: dict[str, Tensor | None] = {}
+        if LINEAR in types:
+            if attention_mask is not None and attention_mask.ndim != 2:
+                raise ValueError(
+                    f"attention_mask has {attention_mask.ndim} dimensions; linear attention is causal by itself and "
+                    "takes a padding mask [batch, tokens]."
+                )
+            masks[LINEAR] = attention_mask
+        if FULL in types:
+            masks[FULL] = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+        return masks
+
+
+class LawcatForCausalLM(LawcatPreTrainedModel, GenerationMixin):
+    """A linear-attention language model converted from a pretrained transformer.
+
+    Example:
+        >>> import torch
+        >>> from lawcat import LawcatConfig, LawcatForCausalLM
+        >>> config = LawcatConfig(
+        ...     vocab_size=10, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> LawcatForCausalLM(config)(torch.tensor([[1, 2, 3]])).logits.shape
+        torch.Size([1, 3, 10])
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
+
+    def __init__(self, config: LawcatConfig) -> None:
+        super().__init__(config)
+        self.model = LawcatModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        # generate() would build a DynamicCache; forward makes the LawcatCache instead.
+        return False
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Return logits [B, T, vocabulary], the loss where labels are given, and the cache.
+
+        Args:
+            input_ids: Tokens [B, T], or give ``inputs_embeds`` [B, T, hidden].
+            attention_mask: [B, past + T] or [B, T], 1 for tokens and 0 for (left) padding.
+            position_ids: [B, T]; used by softmax layers and ``linear_rope`` only.
+            past_key_values: A ``LawcatCache`` of what came before.
+            labels: Tokens [B, T] to predict, -100 where none; shifted here.
+            use_cache: Keep and return a cache.
+            logits_to_keep: Compute logits for the last so many tokens (0: all), or for these positions.
+            kwargs: Handed to the softmax attention function and the loss.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["NEW_MODULES", "LawcatForCausalLM", "LawcatModel", "LawcatPreTrainedModel"]

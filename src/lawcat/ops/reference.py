@@ -1,0 +1,78 @@
+"""The operator's definition, token by token: the ground truth of every test. Slow on purpose.
+
+Equation numbers follow ``docs/method.md``; source: LAWCAT, Findings of EMNLP 2025 (arXiv 2509.18467).
+Legend: see ``shapes.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .shapes import check_attention_inputs
+
+
+def gated_linear_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    normalize: bool = True,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Return the output and final state of normalised gated linear attention, computed one token at a time.
+
+    Args:
+        q: Query features [B, T, H, F]; query head h reads state head ``h // (H / N)``.
+        k: Key features [B, T, N, F].
+        v: Values [B, T, N, D].
+        log_decay: Natural logarithm of the decay, at most 0: [B, T, N, F], or [B, T, N, 1] for one a head.
+        initial_state: State before the first token [B, N, F, D + 1]; zeros when None.
+        normalize: Divide by the decayed sum of weights (equation 6), else return the plain sum.
+        eps: Added to that sum before dividing, above 0.
+
+    Returns:
+        ``o`` [B, T, H, D] in v's dtype and the state [B, N, F, D + 1], whose last column is the normaliser, in
+        float32, or float64 when v is float64. All arithmetic is in that dtype.
+
+    Raises:
+        ValueError: when shapes or devices do not fit together, or a log_decay is above 0.
+
+    Source: equations 5 and 6 of LAWCAT (arXiv 2509.18467).
+
+    Example:
+        >>> import torch
+        >>> x = torch.rand(1, 5, 2, 4)
+        >>> o, state = gated_linear_attention_reference(x, x, x, torch.zeros_like(x))
+        >>> o.shape, state.shape
+        (torch.Size([1, 5, 2, 4]), torch.Size([1, 2, 4, 5]))
+    """
+    check_attention_inputs(q, k, v, log_decay, initial_state)
+    if log_decay.numel() and bool((log_decay > 0).any()):
+        raise ValueError("log_decay holds values above 0: it is the logarithm of a decay, so at most 0.")
+    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    batch, tokens, num_query_heads, feature_dim = q.shape
+    num_state_heads, value_dim = v.shape[2:]
+    group = num_query_heads // num_state_heads
+
+    values = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1).to(dtype)  # [B, T, N, D+1]
+    decay = log_decay.to(dtype).exp().expand(*k.shape)  # [B, T, N, F]
+    if initial_state is None:
+        state = torch.zeros(batch, num_state_heads, feature_dim, value_dim + 1, dtype=dtype, device=v.device)
+    else:
+        state = initial_state.to(dtype)
+    outputs = []
+    for t in range(tokens):
+        update = k[:, t].to(dtype)[..., :, None] * values[:, t][..., None, :]  # [B, N, F, D+1]
+        state = decay[:, t][..., None] * state + update  # S_t = diag(a_t) S_{t-1} + phi(k_t)^T [v_t, 1]
+        state_by_query_head = state.repeat_interleave(group, dim=1)  # [B, H, F, D+1]
+        read = (q[:, t].to(dtype)[..., None, :] @ state_by_query_head)[..., 0, :]  # [n_t, z_t], [B, H, D+1]
+        numerator, normaliser = read[..., :-1], read[..., -1:]
+        outputs.append(numerator / (normaliser + eps) if normalize else numerator)
+    if outputs:
+        output = torch.stack(outputs, dim=1)  # [B, T, H, D]
+    else:
+        output = v.new_zeros(batch, 0, num_query_heads, value_dim)
+    return output.to(v.dtype), state
