@@ -102,7 +102,8 @@ class LawcatCache(Cache):
     """The memory of a whole model; made by ``forward`` when ``use_cache`` is set and none is given.
 
     Args:
-        config: The model's configuration; its ``layer_types`` decide what each layer keeps.
+        config: The model's configuration.
+        layer_types: What each layer computes; ``config.layer_types`` when None.
 
     Example:
         >>> from lawcat import LawcatCache, LawcatConfig
@@ -110,9 +111,10 @@ class LawcatCache(Cache):
         0
     """
 
-    def __init__(self, config: LawcatConfig) -> None:
-        assert config.layer_types is not None
-        layers = [LinearAttentionState() if kind == LINEAR else DynamicLayer() for kind in config.layer_types]
+    def __init__(self, config: LawcatConfig, layer_types: list[str] | None = None) -> None:
+        layer_types = layer_types or config.layer_types
+        assert layer_types is not None
+        layers = [LinearAttentionState() if kind == LINEAR else DynamicLayer() for kind in layer_types]
         super().__init__(layers=layers)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -106,7 +106,7 @@ class LawcatPreTrainedModel(PreTrainedModel):
     def teacher_mode(self) -> Iterator[None]:
         """Within this context every layer computes the teacher's softmax attention from the present weights.
 
-        With untrained projections that is the teacher itself. No cache is kept meanwhile.
+        With untrained projections that is the teacher itself. A cache made outside does not fit inside.
         """
         modules = self.attention_modules()
         types = [module.is_linear for module in modules]
@@ -171,7 +171,7 @@ class LawcatModel(LawcatPreTrainedModel):
                 "attention. Pass a lawcat.LawcatCache(model.config), or none: generate() and use_cache=True make one."
             )
         if use_cache and past_key_values is None:
-            past_key_values = LawcatCache(self.config)
+            past_key_values = LawcatCache(self.config, self.present_layer_types())
 
         if position_ids is None:
             past_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -195,6 +195,10 @@ class LawcatModel(LawcatPreTrainedModel):
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )
 
+    def present_layer_types(self) -> list[str]:
+        """Return what each layer computes now: ``config.layer_types``, or all softmax within ``teacher_mode``."""
+        return [LINEAR if layer.self_attn.is_linear else FULL for layer in self.layers]
+
     def _masks(
         self,
         attention_mask: Tensor | dict[str, Tensor] | None,
@@ -203,7 +207,7 @@ class LawcatModel(LawcatPreTrainedModel):
         past_key_values: Cache | None,
     ) -> dict[str, Tensor | None]:
         """Return the mask of each type of layer that this model has."""
-        types = {LINEAR if layer.self_attn.is_linear else FULL for layer in self.layers}
+        types = set(self.present_layer_types())
         if isinstance(attention_mask, dict):
             return {kind: attention_mask.get(kind) for kind in types}
         masks: dict[str, Tensor | None] = {}
