@@ -1,8 +1,8 @@
 """Files on disk: written whole or not at all, and checked against a manifest of SHA-256 sums.
 
 Everything is filled under a temporary name beside its target, forced to disk and then renamed, so that a
-process that is killed, or a disk that is full, leaves either the old file or the new one. Below everything else
-of lawcat: imports nothing heavy.
+process that is killed, or a disk that is full, leaves either the old file or the new one. Below everything
+else of lawcat: imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -79,12 +79,12 @@ def clear_write_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 def _write_error(path: str | os.PathLike[str], full: bool, reason: str) -> LawcatError:
     if full:
         return LawcatError(
-            f"disk full: {os.fspath(path)} could not be written ({reason}); nothing was overwritten. Free some "
-            "space or choose another folder, then run again."
+            f"disk full: {os.fspath(path)} could not be written ({reason}); nothing was overwritten. "
+            "Free some space or choose another folder, then run again."
         )
     return LawcatError(
-        f"cannot write {os.fspath(path)}: {reason}; nothing was overwritten. Check that the folder exists and may "
-        "be written to, or choose another."
+        f"cannot write {os.fspath(path)}: {reason}; nothing was overwritten. "
+        "Check that the folder exists and may be written to, or choose another."
     )
 
 
@@ -229,8 +229,8 @@ def write_directory_atomic(
             `.NAME.replaced-...`.
 
     Raises:
-        LawcatError: where `path` exists and `replace` is false, or something could not be written. What existed
-            is then as it was.
+        LawcatError: where `path` exists and `replace` is false, or something could not be written. What
+            existed is then as it was.
 
     Example:
         >>> import tempfile, pathlib
@@ -259,8 +259,8 @@ def write_directory_atomic(
 def _refuse_existing(target: Path) -> None:
     if target.exists() or target.is_symlink():
         raise LawcatError(
-            f"{target} exists already; nothing was overwritten. Choose another place, or remove it if it is not "
-            "needed."
+            f"{target} exists already; nothing was overwritten. Choose another place, or remove it if it is "
+            "not needed."
         )
 
 
