@@ -128,17 +128,13 @@ def _segment(
     q = q.permute(0, 3, 1, 4, 2, 5)  # [B, N, M, R, C, F]
 
     form = _chunk_factored if is_factored else _chunk_pairwise
-    weights, q_of_state, k_to_state, decay_of_state, decay_in, decay_out = form(q, k, log_decay)
+    weights, q_of_state, k_to_state, decay = form(q, k, log_decay)
     updates = k_to_state.transpose(-1, -2) @ values  # [B, N, M, F, D+1]
-
-    states = []
-    for index in range(num_chunks):
-        before = state * decay_in[:, :, index, :, None]  # [B, N, F, D+1]
-        states.append(before)
-        state = before * decay_of_state[:, :, index, :, None] if decay_of_state is not None else before
-        state = (state + updates[:, :, index]) if decay_out is None else (
-            (state + updates[:, :, index]) * decay_out[:, :, index, :, None]
-        )
+    # unbind, not indexing: the gradient of each index would be a tensor of zeros as large as all chunks together.
+    states = []  # before each chunk, [B, N, F, D+1]
+    for update, chunk_decay in zip(updates.unbind(2), decay[..., None].unbind(2), strict=True):
+        states.append(state)
+        state = torch.addcmul(update, state, chunk_decay)
     read = weights.flatten(3, 4) @ values  # [B, N, M, R*C, D+1]
     read = read + q_of_state.flatten(3, 4) @ torch.stack(states, dim=2)
     output = read[..., :-1]
@@ -149,7 +145,7 @@ def _segment(
     return output[:, :tokens], state
 
 
-ChunkForm = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]
+ChunkForm = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _chunk_factored(q: Tensor, k: Tensor, log_decay: Tensor) -> ChunkForm:
@@ -161,8 +157,8 @@ def _chunk_factored(q: Tensor, k: Tensor, log_decay: Tensor) -> ChunkForm:
         log_decay: [B, N, M, C, F] or [B, N, M, C, 1].
 
     Returns:
-        The lower-triangular weights [B, N, M, R, C, C]; the factors of q and k for reading and updating the state;
-        and the decay of the state before it is read, between that and the update, and after it, [B, N, M, F] each.
+        The lower-triangular weights [B, N, M, R, C, C]; q decayed since the chunk's start, for reading the state; k
+        decayed to the chunk's end, for adding to it; and the decay of the state over the chunk [B, N, M, F or 1].
     """
     total = torch.cumsum(log_decay, dim=-2)  # [B, N, M, C, F]
     middle = total[..., -1:, :] / 2
@@ -170,10 +166,9 @@ def _chunk_factored(q: Tensor, k: Tensor, log_decay: Tensor) -> ChunkForm:
     q = q * torch.exp(shifted)[:, :, :, None]  # [B, N, M, R, C, F]
     k = k * torch.exp(-shifted)
     weights = _lower_triangle(q.flatten(3, 4) @ k.transpose(-1, -2), q.shape)
-    half = torch.exp(middle[..., 0, :])  # [B, N, M, F]
-    # exp(b) = exp(b - r) exp(r): the state is brought to the reference point, read and added to there, and then
-    # taken to the chunk's end, which is exp(r) away too, since r is half the chunk's decay.
-    return weights, q, k, None, half, half
+    # The reference point is half the chunk's decay from its start, and as far from its end.
+    half = torch.exp(middle)  # [B, N, M, 1, F]
+    return weights, q * half[:, :, :, None], k * half, (half * half)[..., 0, :]
 
 
 def _chunk_pairwise(q: Tensor, k: Tensor, log_decay: Tensor) -> ChunkForm:
@@ -188,8 +183,7 @@ def _chunk_pairwise(q: Tensor, k: Tensor, log_decay: Tensor) -> ChunkForm:
     weights = torch.einsum("bnmrif,bnmijf,bnmjf->bnmrij", q, reach.expand(*reach.shape[:-1], q.shape[-1]), k)
     from_start = torch.cumsum(log_decay, dim=-2).exp()  # [B, N, M, C, F]
     to_end = between[..., -1, :, :].exp()  # [B, N, M, C, F]
-    ones = torch.ones_like(from_start[..., -1, :])
-    return weights, q * from_start[:, :, :, None], k * to_end, from_start[..., -1, :], ones, None
+    return weights, q * from_start[:, :, :, None], k * to_end, from_start[..., -1, :]
 
 
 def _lower_triangle(weights: Tensor, q_shape: torch.Size) -> Tensor:
