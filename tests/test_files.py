@@ -178,14 +178,16 @@ def test_leftovers_of_the_dead_are_removed_and_of_the_living_kept(tmp_path: Path
     dead = subprocess.run(
         [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
     )
-    of_the_dead = tmp_path / f".model.tmp-{int(dead.stdout)}-0123abcd"
+    of_the_dead = tmp_path / f".a.tmp-{int(dead.stdout)}-0123abcd-0"
     of_the_dead.mkdir()
     (of_the_dead / "a").write_bytes(b"a")
+    of_my_number = tmp_path / f".b.tmp-{os.getpid()}-0123abcd-0"
+    of_my_number.write_bytes(b"")
     mine = temporary_sibling(tmp_path / "model")
     mine.mkdir()
-    kept = tmp_path / ".model.replaced-1-0123abcd"
+    kept = tmp_path / ".model.replaced-1-0"
     kept.mkdir()
-    assert remove_leftovers(tmp_path) == [of_the_dead]
+    assert remove_leftovers(tmp_path) == [of_the_dead, of_my_number]
     assert names(tmp_path) == sorted([mine.name, kept.name])
     assert remove_leftovers(tmp_path / "missing") == []
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -23,7 +24,10 @@ from lawcat.errors import CheckpointError, LawcatError
 
 MANIFEST_NAME = "manifest.json"
 
-_TEMPORARY = re.compile(r"^\..+\.tmp-(?P<pid>\d+)-[0-9a-f]{8}$")
+_TEMPORARY = re.compile(r"^\..+\.tmp-(?P<pid>\d+)-(?P<process>[0-9a-f]{8})-\d+$")
+# Tells this process from an earlier one of the same number, as every container starts its own count.
+_PROCESS = secrets.token_hex(4)
+_COUNT = itertools.count()
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # safetensors and torch report a failed write in their own exceptions, with the system's words inside at best.
 _FULL_WORDS = re.compile(r"no space left|os error (28|122|27)\b|disk quota|file too large", re.IGNORECASE)
@@ -122,7 +126,7 @@ def temporary_sibling(path: str | os.PathLike[str]) -> Path:
     `remove_leftovers` knows it by that, and spares the temporaries of processes that still run.
     """
     target = Path(path)
-    return target.with_name(f".{target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    return target.with_name(f".{target.name}.tmp-{os.getpid()}-{_PROCESS}-{next(_COUNT)}")
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
@@ -131,15 +135,15 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
     with contextlib.suppress(FileNotFoundError):
         for entry in sorted(Path(folder).iterdir()):
             match = _TEMPORARY.match(entry.name)
-            if match and not _is_running(int(match["pid"])):
+            if match and not _is_running(int(match["pid"]), match["process"]):
                 _remove(entry)
                 removed.append(entry)
     return removed
 
 
-def _is_running(pid: int) -> bool:
+def _is_running(pid: int, process: str) -> bool:
     if pid == os.getpid():
-        return True
+        return process == _PROCESS
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -278,7 +282,7 @@ def _rename_directory(temporary: Path, target: Path, replace: bool) -> None:
             raise
         return
     # Python has no system call that swaps two folders. The name is not one that `remove_leftovers` removes.
-    aside = target.with_name(f".{target.name}.replaced-{os.getpid()}-{secrets.token_hex(4)}")
+    aside = target.with_name(f".{target.name}.replaced-{os.getpid()}-{next(_COUNT)}")
     os.rename(target, aside)
     try:
         os.rename(temporary, target)
