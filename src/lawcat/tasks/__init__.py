@@ -1,0 +1,32 @@
+"""Seeded generators of samples with known answers, and the text around them.
+
+Below both `distill` and `evaluation`: training and evaluation data are made by the same code from disjoint
+values and seeds. Importing this package imports neither torch nor transformers.
+"""
+
+from lawcat.tasks.haystack import TextSource, builtin_source, file_source, noise_source, resolve_source
+from lawcat.tasks.niah import NIAH_SINGLE_1, NIAH_SINGLE_2, NIAH_SINGLE_3, niah_training_pair
+from lawcat.tasks.passkey import PASSKEY, passkey_text, passkey_training_pair
+from lawcat.tasks.sample import TASKS, Sample, Split, Task, encode_pair, get_task, held_out
+
+__all__ = [
+    "NIAH_SINGLE_1",
+    "NIAH_SINGLE_2",
+    "NIAH_SINGLE_3",
+    "PASSKEY",
+    "TASKS",
+    "Sample",
+    "Split",
+    "Task",
+    "TextSource",
+    "builtin_source",
+    "encode_pair",
+    "file_source",
+    "get_task",
+    "held_out",
+    "niah_training_pair",
+    "noise_source",
+    "passkey_text",
+    "passkey_training_pair",
+    "resolve_source",
+]
