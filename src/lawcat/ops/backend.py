@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from ..errors import BackendError, did_you_mean
 from .chunked import gated_linear_attention_chunked
 from .reference import gated_linear_attention_reference
 
@@ -46,28 +48,39 @@ def use_backend(name: str) -> Iterator[None]:
     """Within this context, ``backend="auto"`` means ``name``.
 
     Raises:
-        ValueError: for a name that does not exist.
+        BackendError: for a name that does not exist.
     """
-    token = _forced.set(_checked(name))
+    token = _forced.set(_checked(name, "use_backend"))
     try:
         yield
     finally:
         _forced.reset(token)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose_backend(backend: str = "auto") -> str:
     """Return the name of the implementation that a call with this ``backend`` runs.
 
-    An explicit name wins; then ``use_backend``; then the environment variable ``LAWCAT_BACKEND``; then the fastest
-    that can run.
+    An explicit name wins; then ``use_backend``; then the environment variable ``LAWCAT_BACKEND``; then the
+    fastest that can run. A compiled function keeps the choice of the time it was compiled.
 
     Raises:
-        ValueError: for a name that does not exist.
+        BackendError: for a name that does not exist.
     """
-    for name in (backend, _forced.get(), os.environ.get(ENVIRONMENT_VARIABLE)):
-        if name and _checked(name) != "auto":
-            return name
-    return "torch"
+    return _choose(backend)[0]
+
+
+def _choose(backend: str = "auto") -> tuple[str, str | None]:
+    """Return the name and who asked for it, None where nobody did."""
+    requests = {
+        "backend": backend,
+        "use_backend": _forced.get(),
+        ENVIRONMENT_VARIABLE: os.environ.get(ENVIRONMENT_VARIABLE),
+    }
+    for source, name in requests.items():
+        if name and _checked(name, source) != "auto":
+            return name, source
+    return "torch", None
 
 
 def explain() -> str:
@@ -76,7 +89,7 @@ def explain() -> str:
     >>> print(explain().splitlines()[0])
     torch: chunked form in plain PyTorch, on any device, differentiable (available, taken by 'auto')
     """
-    chosen = choose_backend()
+    chosen, source = _choose()
     lines = []
     for backend in _BACKENDS:
         reason = backend.unavailable_because()
@@ -84,15 +97,17 @@ def explain() -> str:
         if backend.name == chosen:
             state += ", taken by 'auto'"
         lines.append(f"{backend.name}: {backend.description} ({state})")
-    if _forced.get() or os.environ.get(ENVIRONMENT_VARIABLE):
-        source = "use_backend()" if _forced.get() else f"the environment variable {ENVIRONMENT_VARIABLE}"
+    if source is not None:
         lines.append(f"'auto' means {chosen!r} because of {source}")
     return "\n".join(lines)
 
 
-def _checked(name: str) -> str:
+def _checked(name: str, source: str) -> str:
     if name not in backend_names():
-        raise ValueError(f"backend {name!r} does not exist; use one of {', '.join(backend_names())}.")
+        raise BackendError(
+            f"{source}={name!r} does not exist; use one of {', '.join(backend_names())}."
+            + did_you_mean(name, backend_names())
+        )
     return name
 
 
@@ -110,8 +125,9 @@ def gated_linear_attention(
 ) -> tuple[Tensor, Tensor]:
     """Return the output and final state of normalised gated linear attention.
 
-    ``S_t = diag(a_t) S_{t-1} + k_t^T [v_t, 1]``, ``[n_t, z_t] = q_t S_t``, ``o_t = n_t / (z_t + eps)``. Splitting a
-    sequence anywhere and handing the state on gives the same result.
+    ``S_t = diag(a_t) S_{t-1} + k_t^T [v_t, 1]``, ``[n_t, z_t] = q_t S_t``, ``o_t = n_t / (z_t + eps)``.
+    Splitting a sequence anywhere and handing the state on gives the same result. Arithmetic is in float32, or
+    float64 when an input is, under autocast too.
 
     Args:
         q: Query features [B, T, H, F]; query head h reads state head ``h // (H / N)``.
@@ -120,17 +136,18 @@ def gated_linear_attention(
         log_decay: Natural logarithm of the decay a, at most 0: [B, T, N, F], or [B, T, N, 1] for one a head.
         initial_state: State before the first token [B, N, F, D + 1]; zeros when None.
         normalize: Divide by the decayed sum of weights z, else return n.
-        eps: Added to z before dividing.
+        eps: Added to z before dividing, above 0.
         backend: ``"auto"``, ``"torch"`` (chunked PyTorch) or ``"reference"`` (token by token).
         min_log_decay: A bound below which no log_decay lies, where the caller knows one; saves looking it up.
 
     Returns:
-        ``o`` [B, T, H, D] in v's dtype and the state [B, N, F, D + 1] in float32 (float64 when an input is), whose
-        last column is the normaliser.
+        ``o`` [B, T, H, D] in v's dtype and the state [B, N, F, D + 1] in float32 (float64 when an input is),
+        whose last column is the normaliser.
 
     Raises:
-        ValueError: when shapes or devices do not fit together, a log_decay is above 0 (unless ``min_log_decay`` was
-            given), or the backend does not exist.
+        ValueError: when shapes or devices do not fit together, or a log_decay is above 0 (not looked for
+            where ``min_log_decay`` is given).
+        BackendError: a ``ValueError``, when the backend does not exist.
 
     Source: equations 5 and 6 of LAWCAT (arXiv 2509.18467).
 

@@ -6,13 +6,11 @@ import torch
 from torch import Tensor
 
 
-def causal_conv1d(
-    x: Tensor, weight: Tensor, initial_state: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def causal_conv1d(x: Tensor, weight: Tensor, initial_state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return ``y_t = sum_i weight[:, i] x_{t - K + 1 + i}`` and the inputs that the next call needs.
 
-    No bias and no activation; the last tap weighs the present token. Splitting a sequence and handing the state on
-    gives the same ``y``.
+    No bias and no activation; the last tap weighs the present token. Splitting a sequence and handing the
+    state on gives the same ``y``.
 
     Args:
         x: Input [B, T, C], T of 1 or more.
@@ -34,7 +32,9 @@ def causal_conv1d(
         ([1.0, 2.0, 2.0], torch.Size([1, 1, 1]))
     """
     if x.ndim != 3 or weight.ndim != 2 or weight.shape[0] != x.shape[2]:
-        raise ValueError(f"x must be [B, T, C] and weight [C, K]; got {tuple(x.shape)} and {tuple(weight.shape)}.")
+        raise ValueError(
+            f"x must be [B, T, C] and weight [C, K]; got {tuple(x.shape)} and {tuple(weight.shape)}."
+        )
     batch, tokens, channels = x.shape
     taps = weight.shape[1]
     if initial_state is None:
@@ -47,7 +47,7 @@ def causal_conv1d(
             )
         before = initial_state.transpose(1, 2).to(x.dtype)
     extended = torch.cat([before, x], dim=1)  # [B, K-1+T, C]
-    # Shifted products in the layout the projections give: no transposition to [B, C, T], as F.conv1d would need.
+    # Shifted products in the layout the projections give: F.conv1d would need a transposition to [B, C, T].
     y = extended[:, taps - 1 :] * weight[:, taps - 1]
     for tap in range(taps - 1):
         y = torch.addcmul(y, extended[:, tap : tap + tokens].to(y.dtype), weight[:, tap].to(y.dtype))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .shapes import check_attention_inputs
+from .precision import state_dtype, without_autocast
+from .shapes import check_attention_inputs, check_log_decay
 
 
 def gated_linear_attention_reference(
@@ -34,8 +35,8 @@ def gated_linear_attention_reference(
         eps: Added to that sum before dividing, above 0.
 
     Returns:
-        ``o`` [B, T, H, D] in v's dtype and the state [B, N, F, D + 1], whose last column is the normaliser, in
-        float32, or float64 when v is float64. All arithmetic is in that dtype.
+        ``o`` [B, T, H, D] in v's dtype and the state [B, N, F, D + 1], whose last column is the normaliser,
+        in float32, or float64 when an input is float64. All arithmetic is in that dtype.
 
     Raises:
         ValueError: when shapes or devices do not fit together, or a log_decay is above 0.
@@ -49,30 +50,27 @@ def gated_linear_attention_reference(
         >>> o.shape, state.shape
         (torch.Size([1, 5, 2, 4]), torch.Size([1, 2, 4, 5]))
     """
-    check_attention_inputs(q, k, v, log_decay, initial_state)
-    if log_decay.numel() and bool((log_decay > 0).any()):
-        raise ValueError("log_decay holds values above 0: it is the logarithm of a decay, so at most 0.")
-    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    check_attention_inputs(q, k, v, log_decay, initial_state, eps)
+    if log_decay.numel():
+        check_log_decay(log_decay.detach().max().item())
     batch, tokens, num_query_heads, feature_dim = q.shape
     num_state_heads, value_dim = v.shape[2:]
     group = num_query_heads // num_state_heads
 
-    values = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1).to(dtype)  # [B, T, N, D+1]
-    decay = log_decay.to(dtype).exp().expand(*k.shape)  # [B, T, N, F]
-    if initial_state is None:
-        state = torch.zeros(batch, num_state_heads, feature_dim, value_dim + 1, dtype=dtype, device=v.device)
-    else:
+    dtype = state_dtype(q, k, v, log_decay, initial_state)
+    state = v.new_zeros(batch, num_state_heads, feature_dim, value_dim + 1, dtype=dtype)
+    if initial_state is not None:
         state = initial_state.to(dtype)
-    outputs = []
-    for t in range(tokens):
-        update = k[:, t].to(dtype)[..., :, None] * values[:, t][..., None, :]  # [B, N, F, D+1]
-        state = decay[:, t][..., None] * state + update  # S_t = diag(a_t) S_{t-1} + phi(k_t)^T [v_t, 1]
-        state_by_query_head = state.repeat_interleave(group, dim=1)  # [B, H, F, D+1]
-        read = (q[:, t].to(dtype)[..., None, :] @ state_by_query_head)[..., 0, :]  # [n_t, z_t], [B, H, D+1]
-        numerator, normaliser = read[..., :-1], read[..., -1:]
-        outputs.append(numerator / (normaliser + eps) if normalize else numerator)
-    if outputs:
-        output = torch.stack(outputs, dim=1)  # [B, T, H, D]
-    else:
-        output = v.new_zeros(batch, 0, num_query_heads, value_dim)
-    return output.to(v.dtype), state
+    output_dtype = v.dtype
+    q, k, v, decay = q.to(dtype), k.to(dtype), v.to(dtype), log_decay.to(dtype).exp()
+    values = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)  # [B, T, N, D+1]
+    output = [v.new_zeros(batch, 0, num_query_heads, value_dim)]
+    with without_autocast(v):
+        for t in range(tokens):
+            update = k[:, t, :, :, None] * values[:, t, :, None, :]  # [B, N, F, D+1]
+            state = decay[:, t, :, :, None] * state + update  # S_t = diag(a_t) S_{t-1} + phi(k_t)^T [v_t, 1]
+            state_by_query_head = state.repeat_interleave(group, dim=1)  # [B, H, F, D+1]
+            read = (q[:, t, :, None, :] @ state_by_query_head)[..., 0, :]  # [n_t, z_t], [B, H, D+1]
+            numerator, normaliser = read[..., :-1], read[..., -1:]
+            output.append((numerator / (normaliser + eps) if normalize else numerator)[:, None])
+    return torch.cat(output, dim=1).to(output_dtype), state

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .shapes import state_dtype
+from .precision import state_dtype, without_autocast
+from .shapes import check_attention_inputs
 
 
 def gated_linear_attention_step(
@@ -27,13 +28,16 @@ def gated_linear_attention_step(
         q: Query features [B, H, F], or [B, 1, H, F] as in the other forms.
         k: Key features [B, N, F], or [B, 1, N, F].
         v: Values [B, N, D], or [B, 1, N, D].
-        log_decay: At most 0: [B, N, F] or [B, N, 1], or with a token dimension of 1.
+        log_decay: At most 0 (not looked at): [B, N, F] or [B, N, 1], or with a token dimension of 1.
         initial_state: State before the token [B, N, F, D + 1].
         normalize: Divide by the decayed sum of weights.
-        eps: Added to that sum before dividing.
+        eps: Added to that sum before dividing, above 0.
 
     Returns:
         ``o`` [B, H, D] in v's dtype ([B, 1, H, D] where q had four dimensions) and the new state.
+
+    Raises:
+        ValueError: when shapes or devices do not fit together, or there is more than one token.
 
     Source: equations 5 and 6 of LAWCAT (arXiv 2509.18467).
 
@@ -45,22 +49,26 @@ def gated_linear_attention_step(
         torch.Size([1, 2, 4])
     """
     has_token_dim = q.ndim == 4
-    if has_token_dim:
-        q, k, v, log_decay = q.squeeze(1), k.squeeze(1), v.squeeze(1), log_decay.squeeze(1)
-    dtype = state_dtype(v, initial_state)
-    batch, num_query_heads, feature_dim = q.shape
-    num_state_heads = k.shape[1]
-    queries = q.to(dtype).view(batch, num_state_heads, num_query_heads // num_state_heads, feature_dim)
-    k, values = k.to(dtype), v.to(dtype)
+    if not has_token_dim:
+        q, k, v, log_decay = (t.unsqueeze(1) for t in (q, k, v, log_decay))
+    check_attention_inputs(q, k, v, log_decay, initial_state, eps)
+    batch, tokens, num_query_heads, feature_dim = q.shape
+    if tokens != 1:
+        raise ValueError(f"q has {tokens} tokens; a step takes one. Use gated_linear_attention for more.")
+    num_state_heads, value_dim = v.shape[2:]
 
-    state = initial_state.to(dtype) * log_decay.to(dtype).exp()[..., None]  # [B, N, F, D+1]
-    # The column of ones is added to the state and not put beside v: one small copy less a token.
-    update = k[..., None] * values[..., None, :]  # [B, N, F, D]
-    numerator_state = state[..., :-1] + update
-    normaliser_state = state[..., -1] + k  # [B, N, F]
-    numerator = queries @ numerator_state  # [B, N, R, D]
-    if normalize:
-        numerator = numerator / (queries @ normaliser_state[..., None] + eps)
-    output = numerator.reshape(batch, num_query_heads, v.shape[-1]).to(v.dtype)
-    state = torch.cat([numerator_state, normaliser_state[..., None]], dim=-1)
-    return (output[:, None] if has_token_dim else output), state
+    dtype = state_dtype(q, k, v, log_decay, initial_state)
+    queries = q.to(dtype).reshape(batch, num_state_heads, -1, feature_dim)  # [B, N, R, F]
+    keys, values = k[:, 0].to(dtype), v[:, 0].to(dtype)
+    decay = log_decay[:, 0].to(dtype).exp()[..., None]  # [B, N, F or 1, 1]
+    with without_autocast(v):
+        state = initial_state.to(dtype) * decay  # [B, N, F, D+1]
+        # The column of ones is added to the state and not put beside v: one small copy less a token.
+        numerator_state = state[..., :-1] + keys[..., None] * values[..., None, :]  # [B, N, F, D]
+        normaliser_state = state[..., -1:] + keys[..., None]  # [B, N, F, 1]
+        output = queries @ numerator_state  # [B, N, R, D]
+        if normalize:
+            output = output / (queries @ normaliser_state + eps)
+        state = torch.cat([numerator_state, normaliser_state], dim=-1)
+    output = output.reshape(batch, 1, num_query_heads, value_dim).to(v.dtype)
+    return (output if has_token_dim else output.squeeze(1)), state

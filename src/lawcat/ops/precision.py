@@ -1,0 +1,35 @@
+"""The dtype of arithmetic: float32, or float64 where a tensor is float64, whatever autocast says."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+
+def state_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """Return the dtype of arithmetic and state: float64 if any tensor is float64, else float32."""
+    is_double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if is_double else torch.float32
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return a float16 or bfloat16 tensor in float32, and others as they are.
+
+    >>> at_least_float32(torch.ones(1, dtype=torch.bfloat16)).dtype
+    torch.float32
+    """
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which no operation on the tensor's device is cast down.
+
+    Where autocast is off it does nothing at all, so that it leaves no trace in an exported graph.
+    """
+    device = tensor.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
