@@ -1,0 +1,113 @@
+"""Which implementation runs: an argument wins over a context, that over the environment."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+
+import pytest
+import torch
+
+from lawcat.errors import BackendError
+from lawcat.ops import backend, backend_names, choose_backend, explain, gated_linear_attention, use_backend
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(backend.ENVIRONMENT_VARIABLE, raising=False)
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The implementations that calls have run, in order."""
+    names: list[str] = []
+    for name in ("reference", "chunked"):
+        function = getattr(backend, f"gated_linear_attention_{name}")
+
+        def recorded(*args: object, name: str = name, function=function, **options: object):
+            names.append(name)
+            return function(*args, **options)
+
+        monkeypatch.setattr(backend, f"gated_linear_attention_{name}", recorded)
+    return names
+
+
+def call(**options: object) -> None:
+    x = torch.rand(1, 3, 1, 2)
+    gated_linear_attention(x, x, x, -x, **options)
+
+
+def test_the_default(ran: list[str]) -> None:
+    call()
+    call(backend="torch")
+    call(backend="reference")
+    assert ran == ["chunked", "chunked", "reference"]
+    assert choose_backend() == "torch"
+
+
+def test_argument_over_context_over_environment(ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAWCAT_BACKEND", "reference")
+    call()
+    with use_backend("torch"):
+        call()
+        call(backend="reference")
+        with use_backend("reference"):
+            call()
+        call()
+    call()
+    monkeypatch.setenv("LAWCAT_BACKEND", "")
+    call()
+    assert ran == ["reference", "chunked", "reference", "reference", "chunked", "reference", "chunked"]
+
+
+def test_a_context_ends_with_an_error_too() -> None:
+    with contextlib.suppress(RuntimeError), use_backend("reference"):
+        assert choose_backend() == "reference"
+        raise RuntimeError
+    assert choose_backend() == "torch"
+
+
+def test_a_context_is_of_its_thread() -> None:
+    seen: list[str] = []
+    with use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(choose_backend()))
+        thread.start()
+        thread.join()
+    assert seen == ["torch"]
+
+
+def test_unknown_names_say_where_they_come_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        BackendError, match=r"backend='tritn' does not exist; use one of auto, torch, reference"
+    ):
+        call(backend="tritn")
+    with (
+        pytest.raises(BackendError, match=r"use_backend='referense' .* Did you mean 'reference'\?"),
+        use_backend("referense"),
+    ):
+        pass
+    monkeypatch.setenv("LAWCAT_BACKEND", "cuda")
+    with pytest.raises(BackendError, match="LAWCAT_BACKEND='cuda' does not exist"):
+        call()
+    with pytest.raises(BackendError, match="LAWCAT_BACKEND"):
+        explain()
+    assert issubclass(BackendError, ValueError)
+
+
+def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = explain().splitlines()
+    assert [line.split(":")[0] for line in lines] == list(backend_names()[1:])
+    assert "taken by 'auto'" in lines[0]
+    assert "taken" not in lines[1]
+    monkeypatch.setenv("LAWCAT_BACKEND", "reference")
+    assert explain().splitlines()[-1] == "'auto' means 'reference' because of LAWCAT_BACKEND"
+    with use_backend("torch"):
+        assert explain().splitlines()[-1] == "'auto' means 'torch' because of use_backend"
+    with use_backend("auto"):
+        assert explain().splitlines()[-1] == "'auto' means 'reference' because of LAWCAT_BACKEND"
+
+
+def test_explain_says_why_one_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = backend.Backend("absent", "not there", lambda: "no such device")
+    monkeypatch.setattr(backend, "_BACKENDS", (*backend._BACKENDS, absent))
+    assert "absent: not there (not available: no such device)" in explain()
