@@ -10,7 +10,9 @@ import pytest
 
 import lawcat.ops
 
-MODULES = [module.name for module in pkgutil.iter_modules(lawcat.ops.__path__, "lawcat.ops.") if not module.ispkg]
+MODULES = [
+    module.name for module in pkgutil.iter_modules(lawcat.ops.__path__, "lawcat.ops.") if not module.ispkg
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
