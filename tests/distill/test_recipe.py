@@ -1,0 +1,390 @@
+"""The recipe: round trips, refusals in the user's own spelling, overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lawcat.convert.initialize import OPERATOR_FIELDS
+from lawcat.distill.recipe import (
+    AttentionTransferSettings,
+    DataSource,
+    EvaluationSettings,
+    ModelSettings,
+    Recipe,
+    RecoverySettings,
+)
+from lawcat.errors import ConfigurationError
+
+positive = st.floats(min_value=1e-9, max_value=1e6)
+texts = st.text(min_size=1, max_size=20).filter(str.strip)
+weights = positive
+
+
+def sources() -> st.SearchStrategy[DataSource]:
+    common: dict[str, Any] = {"weight": weights, "name": st.none() | texts}
+    return st.one_of(
+        st.builds(
+            DataSource,
+            provider=st.just("text"),
+            path=texts | st.lists(texts, min_size=1, max_size=3).map(tuple),
+            text_field=texts,
+            **common,
+        ),
+        st.builds(
+            DataSource,
+            provider=st.just("hub"),
+            dataset=texts,
+            subset=st.none() | texts,
+            split=texts,
+            **common,
+        ),
+        st.builds(DataSource, provider=st.just("passkey"), min_sample_tokens=st.integers(1, 16), **common),
+        st.builds(
+            DataSource,
+            provider=st.just("needle"),
+            path=texts,
+            value_kinds=st.lists(st.sampled_from(["numbers", "words", "uuids"]), min_size=1).map(tuple),
+            min_sample_tokens=st.just(16),
+            **common,
+        ),
+        st.builds(DataSource, provider=st.just("teacher"), top_p=st.floats(0.01, 1), **common),
+    )
+
+
+def recipes() -> st.SearchStrategy[Recipe]:
+    steps = st.integers(20, 10_000)
+    return st.builds(
+        Recipe,
+        name=texts,
+        description=st.text(max_size=30),
+        seed=st.integers(0, 2**63),
+        sequence_length=st.integers(16, 10_000),
+        precision=st.sampled_from(["auto", "float32", "bfloat16"]),
+        model=st.builds(
+            ModelSettings,
+            softmax_layers=st.lists(st.integers(0, 99), unique=True, max_size=3).map(tuple),
+            use_conv=st.none() | st.booleans(),
+            gate=st.sampled_from([None, "head", "channel"]),
+        ),
+        data=st.lists(sources(), min_size=1, max_size=3).map(tuple),
+        attention_transfer=st.builds(
+            AttentionTransferSettings,
+            steps=steps,
+            learning_rate=positive,
+            betas=st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)),
+            schedule=st.sampled_from(["cosine", "constant"]),
+        ),
+        recovery=st.one_of(
+            st.builds(RecoverySettings, steps=steps, lora_rank=st.integers(1, 99), kl_weight=positive),
+            st.builds(RecoverySettings, train=st.just("all"), kl_weight=st.just(0.0), answer_weight=positive),
+        ),
+    )
+
+
+@given(recipes())
+def test_yaml_round_trip_is_exact(recipe: Recipe) -> None:
+    again = Recipe.from_yaml(recipe.to_yaml())
+    assert again == recipe
+    assert again.fingerprint() == recipe.fingerprint()
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert recipe.with_overrides({}) == recipe
+
+
+@pytest.mark.parametrize("name", Recipe.shipped())
+def test_every_shipped_recipe_parses(name: str) -> None:
+    recipe = Recipe.load(name)
+    assert recipe.name == name
+    assert recipe.description
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+def test_the_promised_recipes_are_shipped() -> None:
+    assert {"quick", "smollm2-135m-short"} <= set(Recipe.shipped())
+    short = Recipe.load("smollm2-135m-short")
+    task_share = sum(s.weight for s in short.data if s.is_task) / sum(s.weight for s in short.data)
+    assert task_share == 0.5
+
+
+def test_the_operator_can_be_set_and_only_what_is_set_goes_on() -> None:
+    names = {field.name for field in dataclasses.fields(ModelSettings)}
+    assert names == {*OPERATOR_FIELDS, "softmax_layers"}
+    assert ModelSettings().config_fields() == {}
+    assert ModelSettings(use_conv=False, softmax_layers=(1,)).config_fields() == {"use_conv": False}
+
+
+def test_defaults() -> None:
+    recipe = Recipe(name="x")
+    assert [source.provider for source in recipe.data] == ["teacher"]
+    assert recipe.attention_transfer.learning_rate == 5e-3
+    assert recipe.recovery.learning_rate == 1e-3
+    assert recipe.recovery.new_parameter_learning_rate == 2e-3
+    assert recipe.recovery.lora_rank == 16
+    assert recipe.attention_transfer.max_grad_norm == 1.0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"recovery": {"learning_rte": 1}},
+            r"^recovery\.learning_rte: unknown key\. Did you mean 'learning_rate'\?",
+        ),
+        ({"recvery": {}}, r"^recvery: unknown key\. Did you mean 'recovery'\?"),
+        ({"data": [{"provider": "text", "pat": "x"}]}, r"^data\.0\.pat: unknown key\. Did you mean 'path'\?"),
+        (
+            {"data": [{"provider": "txt"}]},
+            r"^data\.0\.provider: got 'txt'; use one of 'text'.*Did you mean 'text'\?",
+        ),
+        ({"data": []}, r"^data: got \[\]"),
+        ({"data": {"provider": "teacher"}}, r"^data: got .*give a list"),
+        ({"data": [{}]}, r"^data\.0\.provider: is missing"),
+        ({"data": [{"provider": "text"}]}, r"^data\.0\.path: is missing"),
+        ({"data": [{"provider": "hub"}]}, r"^data\.0\.dataset: is missing"),
+        ({"data": [{"provider": "passkey", "weight": 0}]}, r"^data\.0\.weight: got 0\.0; it must be above 0"),
+        ({"data": [{"provider": "passkey", "weight": -1}]}, r"^data\.0\.weight: got -1\.0"),
+        (
+            {"data": [{"provider": "passkey", "path": "x"}]},
+            r"^data\.0\.path: got 'x', which is for provider text or needle",
+        ),
+        (
+            {"data": [{"provider": "passkey", "split": "train"}]},
+            r"^data\.0\.split: got 'train', which is for",
+        ),
+        (
+            {"data": [{"provider": "needle"}]},
+            r"^data\.0\.path: is missing; without a source of provider text",
+        ),
+        (
+            {"data": [{"provider": "passkey", "min_sample_tokens": 65}], "sequence_length": 64},
+            r"^data\.0\.min_sample_tokens: got 65; it must be at most sequence_length, which is 64",
+        ),
+        ({"data": [{"provider": "teacher", "top_p": 1.5}]}, r"^data\.0\.top_p"),
+        (
+            {"recovery": {"train": "all", "lora_rank": 16}},
+            r"^recovery\.lora_rank: got 16, which contradicts train: all",
+        ),
+        ({"recovery": {"train": "all", "lora_targets": ["x"]}}, r"^recovery\.lora_targets"),
+        ({"recovery": {"train": "loar"}}, r"^recovery\.train: .*Did you mean 'lora'\?"),
+        ({"recovery": {"kl_weight": 0, "kl_temperature": 2}}, r"^recovery\.kl_temperature: .*no effect"),
+        (
+            {"recovery": {"kl_weight": 0, "cross_entropy_weight": 0}},
+            r"^recovery\.cross_entropy_weight: .*no loss",
+        ),
+        ({"recovery": {"kl_weight": -1}}, r"^recovery\.kl_weight: got -1\.0"),
+        ({"recovery": {"answer_weight": 0}}, r"^recovery\.answer_weight: got 0\.0"),
+        ({"recovery": {"betas": [0.9]}}, r"^recovery\.betas: got \[0\.9\]; give a list of 2"),
+        ({"recovery": {"betas": [0.9, 1.0]}}, r"^recovery\.betas"),
+        ({"recovery": {"lora_rank": 1.5}}, r"^recovery\.lora_rank: got 1\.5; give a whole number"),
+        ({"recovery": {"lora_rank": True}}, r"^recovery\.lora_rank: got True"),
+        ({"recovery": {"learning_rate": True}}, r"^recovery\.learning_rate: got True"),
+        (
+            {"recovery": {"learning_rate": "fast"}},
+            r"^recovery\.learning_rate: got 'fast'; give a finite number",
+        ),
+        ({"recovery": {"learning_rate": float("nan")}}, r"^recovery\.learning_rate"),
+        ({"recovery": {"learning_rate": float("inf")}}, r"^recovery\.learning_rate"),
+        ({"recovery": {"lora_targets": "q_proj"}}, r"^recovery\.lora_targets: got 'q_proj'; give a list"),
+        ({"recovery": {"lora_targets": [1]}}, r"^recovery\.lora_targets\.0: got 1; give text"),
+        ({"recovery": 3}, r"^recovery: got 3; give a mapping"),
+        ({"recovery": None}, r"^recovery: got None; give a mapping"),
+        ({"attention_transfer": {"steps": -1}}, r"^attention_transfer\.steps: got -1; it must be 0 or above"),
+        (
+            {"attention_transfer": {"steps": 5, "warmup_steps": 5}},
+            r"^attention_transfer\.warmup_steps: got 5.*steps",
+        ),
+        (
+            {"attention_transfer": {"schedule": "constant", "min_learning_rate_ratio": 0.1}},
+            r"^attention_transfer\.min_learning_rate_ratio: .*schedule: constant",
+        ),
+        ({"attention_transfer": {"batch_sequences": 0}}, r"^attention_transfer\.batch_sequences"),
+        ({"attention_transfer": {"max_grad_norm": 0}}, r"^attention_transfer\.max_grad_norm"),
+        ({"checkpoint": {"every_steps": 0}}, r"^checkpoint\.every_steps"),
+        ({"checkpoint": {"keep": 0}}, r"^checkpoint\.keep"),
+        ({"model": {"softmax_layers": [-1]}}, r"^model\.softmax_layers: .*count from 0"),
+        ({"model": {"softmax_layers": [1, 1]}}, r"^model\.softmax_layers: .*once"),
+        ({"model": {"gate": "chanel"}}, r"^model\.gate: .*'channel'"),
+        ({"model": {"conv_kernel_size": 1}}, r"^model\.conv_kernel_size: .*at least 2"),
+        ({"model": {"use_conv": "yes"}}, r"^model\.use_conv: got 'yes'; give true or false"),
+        (
+            {"evaluation": {"tasks": ["passkeys"]}},
+            r"^evaluation\.tasks\.0: .*'passkeys'.*Did you mean 'passkey'\?",
+        ),
+        ({"evaluation": {"lengths": []}}, r"^evaluation\.lengths: .*at least one length"),
+        ({"evaluation": {"lengths": [0]}}, r"^evaluation\.lengths"),
+        ({"evaluation": {"lengths": [64, 64]}}, r"^evaluation\.lengths"),
+        ({"sequence_length": 8}, r"^sequence_length: got 8"),
+        ({"seed": -1}, r"^seed"),
+        ({"name": " "}, r"^name"),
+        ({"name": 12}, r"^name: got 12; give text \(in quotes"),
+        ({"precision": "fp16"}, r"^precision: got 'fp16'; use one of 'auto', 'float32', 'bfloat16'"),
+        ({1: 2}, r"^1: unknown key"),
+    ],
+)
+def test_refusals_name_the_dotted_key(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        Recipe.from_dict({"name": "x", **values})
+
+
+def test_direct_construction_is_checked_too() -> None:
+    with pytest.raises(ConfigurationError, match=r"^steps: got -3"):
+        RecoverySettings(steps=-3)
+    with pytest.raises(ConfigurationError, match=r"^lora_rank: got 8"):
+        RecoverySettings(train="all", lora_rank=8)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RecoverySettings().steps = 3  # type: ignore[misc]
+    assert EvaluationSettings(lengths=[64]).lengths == (64,)  # type: ignore[arg-type]
+
+
+def test_not_a_mapping() -> None:
+    for text in ("", "- 1", "text"):
+        with pytest.raises(ConfigurationError, match="mapping"):
+            Recipe.from_yaml(text)
+
+
+def test_yaml_that_is_wrong() -> None:
+    with pytest.raises(ConfigurationError, match="not valid YAML"):
+        Recipe.from_yaml("name: [")
+    with pytest.raises(ConfigurationError, match="'steps' is given twice"):
+        Recipe.from_yaml("name: x\nrecovery: {steps: 1, steps: 2}")
+    with pytest.raises(ConfigurationError, match="not valid YAML"):
+        Recipe.from_yaml("name: !!python/object/apply:os.getcwd []")
+
+
+def test_yaml_1_1_reads_a_number_without_a_dot_as_text() -> None:
+    assert yaml.safe_load("1e-3") == "1e-3"  # the trap itself
+    recipe = Recipe.from_yaml("name: x\nrecovery: {learning_rate: 1e-3}")
+    assert recipe.recovery.learning_rate == 1e-3
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+def test_zero_steps_skip_a_stage() -> None:
+    recipe = Recipe.from_dict({"name": "x", "recovery": {"steps": 0, "warmup_steps": 3}})
+    assert recipe.recovery.steps == 0
+
+
+def test_load_from_a_file_and_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(Recipe.load("quick").to_yaml(), encoding="utf-8")
+    assert Recipe.load(path) == Recipe.load(str(path)) == Recipe.load("quick")
+    path.write_text("name: x\nsteps: 1", encoding="utf-8")
+    with pytest.raises(ConfigurationError, match=r"mine\.yaml: steps: unknown key"):
+        Recipe.load(path)
+    path.write_bytes(b"name: \xff")
+    with pytest.raises(ConfigurationError, match="UTF-8"):
+        Recipe.load(path)
+
+
+@pytest.mark.parametrize("name", ["quik", "recipes/quik.yaml"])
+def test_load_names_what_there_is(name: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"quick, smollm2-135m-short\. Did you mean 'quick'\?"):
+        Recipe.load(name)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("recovery.learning_rate", "5e-4", 5e-4),
+        ("recovery.learning_rate", 5e-4, 5e-4),
+        ("recovery.steps", "1_000", 1000),
+        ("recovery.betas", "0.8,0.9", (0.8, 0.9)),
+        ("recovery.betas", "[0.8, 9e-1]", (0.8, 0.9)),
+        ("recovery.lora_targets", "q_proj,o_proj", ("q_proj", "o_proj")),
+        ("evaluation.lengths", "64, 128", (64, 128)),
+        ("evaluation.tasks", "", ()),
+        ("model.use_conv", "false", False),
+        ("model.use_conv", "null", None),
+        ("model.softmax_layers", "0,3", (0, 3)),
+        ("model.gate_divisor", "8", 8.0),
+        ("data.0.weight", "3", 3.0),
+        ("data.0.name", "12", "12"),
+        ("name", "no", "no"),
+        ("description", "null", "null"),
+        ("precision", "float32", "float32"),
+    ],
+)
+def test_overrides_are_read_by_the_type_of_the_field(key: str, text: Any, value: Any) -> None:
+    recipe = Recipe(name="x").with_overrides({key: text})
+    found: Any = recipe
+    for part in key.split("."):
+        found = found[int(part)] if part.isdecimal() else getattr(found, part)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_overrides_of_whole_parts() -> None:
+    recipe = Recipe(name="x").with_overrides(
+        {"data": "[{provider: passkey, weight: 1e-1}]", "recovery": {"steps": 3}, "checkpoint": "{keep: 5}"}
+    )
+    assert recipe.data == (DataSource(provider="passkey", weight=0.1),)
+    assert recipe.recovery.steps == 3
+    assert recipe.checkpoint.keep == 5
+
+
+def test_an_override_of_a_choice_drops_what_belonged_to_the_old_one() -> None:
+    recipe = Recipe.load("quick")
+    assert "lora_rank" in recipe.to_dict()["recovery"]
+    assert recipe.with_overrides({"recovery.train": "all"}).recovery.train == "all"
+    changed = recipe.with_overrides({"data.1.provider": "text", "data.1.path": "a,b.txt"})
+    assert changed.data[1] == DataSource(provider="text", path="a,b.txt")
+    assert recipe.with_overrides({"data.1.provider": "text", "data.1.path": "[a.txt, b.txt]"}).data[
+        1
+    ].paths == (
+        "a.txt",
+        "b.txt",
+    )
+    with pytest.raises(ConfigurationError, match=r"recovery\.lora_rank: .*contradicts"):
+        recipe.with_overrides({"recovery.train": "all", "recovery.lora_rank": "4"})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "recovery.learning_rte",
+            "1",
+            r"^recovery\.learning_rte: unknown key\. Did you mean 'learning_rate'\?",
+        ),
+        ("recovry.steps", "1", r"^recovry: unknown key\. Did you mean 'recovery'\?"),
+        ("recovery.steps.x", "1", r"^recovery\.steps\.x: unknown key; steps is a single value"),
+        ("recovery.steps", "many", r"^recovery\.steps: got 'many'; give a whole number"),
+        ("recovery.steps", "1e2", r"^recovery\.steps: got '1e2'; give a whole number"),
+        ("recovery.train", "al", r"^recovery\.train: got 'al'.*Did you mean 'all'\?"),
+        ("data.1.weight", "1", r"^data\.1: unknown key\. Entries are numbered 0 to 0"),
+        ("data.first.weight", "1", r"^data\.first: unknown key"),
+        ("data.0", "1", r"^data\.0: name one of its keys, such as data\.0\.weight"),
+        ("data.0.wight", "1", r"^data\.0\.wight: unknown key\. Did you mean 'weight'\?"),
+        ("data.0.weight", "-1", r"^data\.0\.weight: got -1\.0"),
+        ("data", "[", r"^data: .*not valid YAML"),
+        ("model.use_conv", "2", r"^model\.use_conv: got '2'; give true or false"),
+        ("evaluation.lengths", "64,x", r"^evaluation\.lengths\.1: got 'x'; give a whole number"),
+        ("", "1", "unknown key"),
+    ],
+)
+def test_overrides_that_cannot_be(key: str, value: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        Recipe(name="x").with_overrides({key: value})
+
+
+def test_the_fingerprint_is_the_same_in_another_process() -> None:
+    code = "from lawcat.distill.recipe import Recipe; print(Recipe.load('quick').fingerprint())"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == Recipe.load("quick").fingerprint()
+    assert (
+        Recipe.load("quick").fingerprint() != Recipe.load("quick").with_overrides({"seed": 1}).fingerprint()
+    )
+
+
+def test_reading_a_recipe_does_not_import_torch() -> None:
+    load = "from lawcat.distill.recipe import Recipe; Recipe.load('quick')"
+    code = f"import sys; {load}; print('torch' in sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "False"
