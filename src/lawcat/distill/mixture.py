@@ -1,0 +1,355 @@
+"""The training data of a run: sequences of several sources in fixed proportions, each found by its number.
+
+Nothing here has a place that moves on: sequence i is the same whoever asks for it and whenever. A resumed run
+goes on at the next number, and processes share a batch out by asking for parts of its numbers.
+
+Training and evaluation are kept apart in two ways. Task samples hold only keys, numbers and words that
+`lawcat.tasks.held_out` does not reserve for evaluation. Text is what the user names; it must not be text that
+is evaluated on, which lawcat cannot know.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from math import lcm
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+from torch import nn
+
+from lawcat.distill.recipe import DataSource, Recipe
+from lawcat.distill.sequence import Batch, PackedSequence
+from lawcat.distill.sources import HubSource, Pair, Source, TaskSource, WindowSource, seed_of
+from lawcat.distill.text import Progress, find_files, read_documents, tokenize_files
+from lawcat.distill.token_cache import fingerprint_of, tokenizer_fingerprint
+from lawcat.errors import ConfigurationError, DataError
+from lawcat.files import sha256_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lawcat.tasks.niah import ValueKind
+
+
+class Mixture:
+    """Endless training data: sequence i of all, for any i.
+
+    Sources take turns so that each has had its share of the sequences at every point, to about one sequence,
+    and exactly after each full round. The order among equal claims is the seed's.
+
+    Args:
+        sources: The ingredients, each with its weight.
+        sequence_length: T.
+        seed: Seed of the turns.
+
+    Example:
+        >>> mixture = build_mixture(recipe, tokenizer)  # doctest: +SKIP
+        >>> mixture.batch(0, 2).input_ids.shape  # doctest: +SKIP
+        torch.Size([2, 1024])
+    """
+
+    def __init__(self, sources: Sequence[tuple[Source, float]], sequence_length: int, seed: int) -> None:
+        self.sequence_length = sequence_length
+        self._sources = [source for source, _ in sources]
+        self._weights = [weight for _, weight in sources]
+        # In whole numbers, so that no rounding ever moves a turn. repr gives the decimal that the user wrote.
+        exact = [Fraction(repr(float(weight))) for weight in self._weights]
+        scale = lcm(*(weight.denominator for weight in exact))
+        self._shares = [int(weight * scale) for weight in exact]
+        self._order = list(range(len(exact)))
+        random.Random(seed_of(seed, "turns")).shuffle(self._order)
+        self._chosen = array("H")
+        self._local = array("Q")
+        self._counts = [0] * len(exact)
+        self._claims = [0] * len(exact)
+
+    def turn(self, index: int) -> tuple[int, int]:
+        """Return which source gives sequence `index`, by its number, and how many it gave before."""
+        total = sum(self._shares)
+        while len(self._chosen) <= index:
+            for i, share in enumerate(self._shares):
+                self._claims[i] += share
+            best = max(self._order, key=self._claims.__getitem__)
+            self._claims[best] -= total
+            self._chosen.append(best)
+            self._local.append(self._counts[best])
+            self._counts[best] += 1
+        return self._chosen[index], self._local[index]
+
+    def sequence(self, index: int) -> PackedSequence:
+        """Return sequence `index`, counted from 0.
+
+        Raises:
+            DataError: if its source has no such data.
+        """
+        source, local = self.turn(index)
+        return self._sources[source].sequence(local)
+
+    def batch(self, first_index: int, count: int) -> Batch:
+        """Return `count` sequences from `first_index` on.
+
+        Args:
+            first_index: Number of the first.
+            count: At least 1.
+
+        Returns:
+            The batch, on the CPU.
+
+        Raises:
+            DataError: as `sequence`.
+        """
+        return Batch.stack([self.sequence(index) for index in range(first_index, first_index + count)])
+
+    def batches(self, first_indices: Iterable[int], count: int) -> Iterator[Batch]:
+        """Yield `batch(first_index, count)` for each index, made by a thread while the one before is in use.
+
+        Task samples cost 10 ms each, most of it in the tokenizer, which lets other threads run meanwhile. The
+        batches are the same as `batch` gives; while the iterator lives, nothing else may read the mixture.
+
+        Args:
+            first_indices: Number of each batch's first sequence.
+            count: Sequences of a batch.
+
+        Yields:
+            Batches, on the CPU.
+
+        Raises:
+            DataError: as `sequence`.
+        """
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            ahead: Future[Batch] | None = None
+            for first_index in first_indices:
+                following = pool.submit(self.batch, first_index, count)
+                if ahead is not None:
+                    yield ahead.result()
+                ahead = following
+            if ahead is not None:
+                yield ahead.result()
+
+    @property
+    def has_task_data(self) -> bool:
+        """Whether samples of evaluation tasks are in the mix, which every table of results must say."""
+        return any(isinstance(source, TaskSource) for source in self._sources)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the record of this data: JSON, with a hash of all and of each source."""
+        total = sum(self._shares)
+        sources = [
+            {"name": source.name, "share": share / total, **source.describe()}
+            for source, share in zip(self._sources, self._shares, strict=True)
+        ]
+        return {
+            "sequence_length": self.sequence_length,
+            "has_task_data": self.has_task_data,
+            "sha256": fingerprint_of(
+                sources=sources, order=self._order, sequence_length=self.sequence_length
+            ),
+            "sources": sources,
+        }
+
+
+def build_mixture(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    teacher: Callable[[], nn.Module] | None = None,
+    teacher_fingerprint: str | None = None,
+    progress: Progress | None = None,
+) -> Mixture:
+    """Return a recipe's training data; text is tokenized and the teacher's sampled unless the cache has it.
+
+    Args:
+        recipe: Its `data`, `seed`, `sequence_length`, and the token weights of `recovery`.
+        tokenizer: The teacher's.
+        cache_dir: Root of the cache; see `lawcat.convert.cache_dir.cache_dir`.
+        teacher: Returns the teacher's model, on the device where it should sample. Called only if a source of
+            provider teacher is not in the cache.
+        teacher_fingerprint: SHA-256 that stands for the teacher; without it the teacher is needed to look
+            into the cache.
+        progress: Called while files are read and text is sampled.
+
+    Returns:
+        The data.
+
+    Raises:
+        ConfigurationError: if the tokenizer has no EOS, or the teacher is needed and not given.
+        DataError: for files or data sets that are missing, damaged, empty or too short.
+        MissingDependencyError: if a data set is streamed and `datasets` is not installed.
+        LawcatError: if the cache cannot be written.
+
+    Example:
+        >>> recipe = Recipe.load("quick")
+        >>> mixture = build_mixture(recipe, tokenizer, teacher=lambda: model)  # doctest: +SKIP
+    """
+    sources: list[tuple[Source, float]] = []
+    for i, (source, name) in enumerate(zip(recipe.data, _unique_names(recipe.data), strict=True)):
+        builder = _Builder(
+            name,
+            recipe,
+            tokenizer,
+            seed_of(recipe.seed, name),
+            cache_dir,
+            teacher,
+            teacher_fingerprint,
+            progress,
+        )
+        try:
+            sources.append((builder.build(source), source.weight))
+        except DataError as error:
+            raise DataError(f"data.{i} ({name}): {error}") from error
+    return Mixture(sources, recipe.sequence_length, recipe.seed)
+
+
+def _unique_names(data: Sequence[DataSource]) -> list[str]:
+    """Return a name for each source: the recipe's, or the provider's, numbered from the second on."""
+    names: list[str] = []
+    for source in data:
+        wanted = source.name or source.provider
+        name, number = wanted, 2
+        while name in names:
+            name, number = f"{wanted}-{number}", number + 1
+        names.append(name)
+    return names
+
+
+@dataclass(frozen=True)
+class _Builder:
+    """Makes one source of a recipe."""
+
+    name: str
+    recipe: Recipe
+    tokenizer: PreTrainedTokenizerBase
+    seed: int
+    cache_dir: str | os.PathLike[str] | None
+    teacher: Callable[[], nn.Module] | None
+    teacher_fingerprint: str | None
+    progress: Progress | None
+
+    def build(self, source: DataSource) -> Source:
+        make: dict[str, Callable[[DataSource], Source]] = {
+            "text": self._text,
+            "teacher": self._teacher,
+            "hub": self._hub,
+            "passkey": self._task,
+            "needle": self._task,
+        }
+        return make[source.provider](source)
+
+    def _text(self, source: DataSource) -> Source:
+        files = tokenize_files(
+            find_files(source.paths),
+            self.tokenizer,
+            text_field=source.text_field,
+            cache_dir=self.cache_dir,
+            progress=self.progress,
+        )
+        # Names without folders: the record goes out with the model, and where files lay is nobody's business.
+        record = {
+            "provider": "text",
+            "files": [{"name": file.path.name, "sha256": file.sha256} for file in files],
+            "sha256": fingerprint_of(
+                files=[file.sha256 for file in files],
+                tokenizer=tokenizer_fingerprint(self.tokenizer),
+                text_field=source.text_field,
+                seed=self.seed,
+            ),
+        }
+        return self._windows([file.tokens for file in files], record)
+
+    def _teacher(self, source: DataSource) -> Source:
+        from lawcat.distill.sampling import sample_teacher_text
+
+        if self.teacher is None:
+            raise ConfigurationError(
+                f"The data source {self.name!r} is the teacher's own text, and no teacher is given here. "
+                "Pass teacher=, or name other data."
+            )
+        tokens = sample_teacher_text(
+            self.teacher,
+            self.tokenizer,
+            num_tokens=source.num_tokens,
+            seed=self.recipe.seed,
+            sequence_tokens=self.recipe.sequence_length,
+            temperature=source.temperature,
+            top_p=source.top_p,
+            precision=self.recipe.precision,
+            fingerprint=self.teacher_fingerprint,
+            cache_dir=self.cache_dir,
+            progress=self.progress,
+        )
+        content = hashlib.sha256(tokens.astype("<u4").tobytes()).hexdigest()
+        record = {
+            "provider": "teacher",
+            "temperature": source.temperature,
+            "top_p": source.top_p,
+            "sha256": fingerprint_of(tokens=content, seed=self.seed),
+        }
+        return self._windows([tokens], record)
+
+    def _windows(self, arrays: Sequence[NDArray[Any]], record: dict[str, Any]) -> Source:
+        return WindowSource(self.name, arrays, self.recipe.sequence_length, self.seed, record)
+
+    def _hub(self, source: DataSource) -> Source:
+        assert source.dataset is not None
+        return HubSource(
+            self.name,
+            source.dataset,
+            self.tokenizer,
+            self.recipe.sequence_length,
+            subset=source.subset,
+            split=source.split,
+            revision=source.revision,
+            text_field=source.text_field,
+        )
+
+    def _task(self, source: DataSource) -> Source:
+        record: dict[str, Any] = {"provider": source.provider}
+        pair: Pair = _passkey_pair
+        if source.provider == "needle":
+            prose = self.recipe.prose_sources(source)
+            files = [(path, given.text_field) for given in prose for path in find_files(given.paths)]
+            documents = [text for path, field in files for text in read_documents(path, field)]
+            pair = partial(_needle_pair, "\n\n".join(documents), source.value_kinds)
+            record["files"] = [{"name": path.name, "sha256": sha256_file(path)} for path, _ in files]
+            record["value_kinds"] = list(source.value_kinds)
+        return TaskSource(
+            self.name,
+            pair,
+            self.tokenizer,
+            self.recipe.sequence_length,
+            self.seed,
+            min_sample_tokens=source.min_sample_tokens,
+            answer_weight=self.recipe.recovery.answer_weight,
+            context_weight=self.recipe.recovery.context_weight,
+            record=record,
+        )
+
+
+def _passkey_pair(
+    tokenizer: PreTrainedTokenizerBase, max_tokens: int, seed: int, rng: random.Random
+) -> tuple[str, str]:
+    from lawcat.tasks import passkey_training_pair
+
+    return passkey_training_pair(tokenizer, max_tokens, 0, seed)
+
+
+def _needle_pair(
+    prose: str,
+    kinds: tuple[ValueKind, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    seed: int,
+    rng: random.Random,
+) -> tuple[str, str]:
+    from lawcat.tasks import niah_training_pair
+
+    return niah_training_pair(tokenizer, prose, max_tokens, 0, seed, kind=rng.choice(kinds))
