@@ -32,9 +32,9 @@ def test_noise_prompt_is_rulers(tokenizer):
     context = "\n".join(lines)
     assert len(lines) > 3
     assert made.prompt == (
-        "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you "
-        f"about the number afterwards.\n{context}\nWhat is the special magic number for {key} mentioned in the "
-        f"provided text? The special magic number for {key} mentioned in the provided text is"
+        "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz "
+        f"you about the number afterwards.\n{context}\nWhat is the special magic number for {key} mentioned "
+        f"in the provided text? The special magic number for {key} mentioned in the provided text is"
     )
 
 
@@ -64,8 +64,8 @@ def test_prose_prompt_is_rulers(tokenizer):
         "about the uuid afterwards.\n"
     )
     assert end.endswith(
-        f"\nWhat is the special magic uuid for {key} mentioned in the provided text? The special magic uuid for "
-        f"{key} mentioned in the provided text is"
+        f"\nWhat is the special magic uuid for {key} mentioned in the provided text? The special magic uuid "
+        f"for {key} mentioned in the provided text is"
     )
     words = builtin_source().text.split()[: made.metadata["haystack_units"]]
     assert start.split("\n", 1)[1].split() + end.rsplit("\n", 1)[0].split() == words
@@ -113,7 +113,7 @@ def test_binary_fit_fills_the_length(tokenizer, task, length):
     for index in range(6):
         made = task.generate(tokenizer, length, index, 0)
         assert made.num_tokens == len(tokenizer(made.prompt).input_ids)
-        # One more than the limit for the BOS, which RULER does not count; as much less as a longer needle takes.
+        # One more than the limit for the BOS, which RULER does not count; less by what a longer needle takes.
         assert length - 128 - unit - 20 <= made.num_tokens <= length - 128 + 1
         assert made.prompt.count(made.answers[0]) == 1
         assert made.max_new_tokens == 128

@@ -1,0 +1,1 @@
+"""Running a model over samples, scoring its answers, perplexity, and reports."""

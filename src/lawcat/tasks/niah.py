@@ -127,6 +127,7 @@ class SingleNeedle(Task):
         self.name = name
         self.kind = kind
         self.haystack = haystack
+        self.uses_prose = haystack != "noise"
 
     def resolve_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return all options with defaults filled in, the haystack as a `TextSource`."""

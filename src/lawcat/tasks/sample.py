@@ -58,13 +58,15 @@ class Task(ABC):
     """A seeded generator of samples together with its metric.
 
     A subclass sets `name`, `metrics` (headline first), `default_options` and, whenever its prompts change, a
-    new `version`, so that answers kept from before are not taken for answers to the new prompts.
+    new `version`, so that answers kept from before are not taken for answers to the new prompts. `uses_prose`
+    says that the user's own text, where one is given, should surround the answer (option `haystack`).
     """
 
     name: str
     metrics: ClassVar[tuple[str, ...]]
     default_options: ClassVar[Mapping[str, Any]] = {}
     version: ClassVar[int] = 1
+    uses_prose: bool = False
 
     @abstractmethod
     def generate(
