@@ -1,9 +1,9 @@
 import pytest
 import torch
 from tiny_models import tiny_lawcat, tiny_llama, tiny_mamba, tiny_mistral
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlamaForCausalLM
 
-from lawcat.evaluation.answering import answer_prompts
+from lawcat.evaluation.answering import answer_prompts, reads_in_pieces
 from lawcat.tasks import passkey_text
 
 PROMPTS = [passkey_text("31415", 40, 90), passkey_text("9", 10, 70), passkey_text("27182", 150, 60)]
@@ -32,6 +32,28 @@ def test_batches_and_pieces_change_nothing(tokenizer, kind):
         assert (
             answer_prompts(model, tokenizer, PROMPTS, max_new_tokens=6, prefill_chunk_tokens=chunk) == alone
         )
+
+
+def test_a_model_that_forgets_is_read_at_once(tokenizer):
+    """Some recurrent models start anew when several tokens come with a cache, and say nothing."""
+
+    class Forgetful(LlamaForCausalLM):
+        def forward(self, input_ids=None, past_key_values=None, **kwargs):
+            if input_ids.shape[1] > 1:
+                kwargs |= {"attention_mask": None, "position_ids": None}
+                past_key_values = None
+            return super().forward(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
+
+    honest = tiny_llama()
+    forgetful = Forgetful(honest.config).eval()
+    forgetful.load_state_dict(honest.state_dict())
+    whole = answer_prompts(honest, tokenizer, PROMPTS[:1], max_new_tokens=6)
+    with pytest.warns(UserWarning, match="Forgetful does not go on from its cache"):
+        assert (
+            answer_prompts(forgetful, tokenizer, PROMPTS[:1], max_new_tokens=6, prefill_chunk_tokens=50)
+            == whole
+        )
+    assert reads_in_pieces(honest)
 
 
 def test_answers_are_those_of_a_plain_greedy_loop(tokenizer, model):

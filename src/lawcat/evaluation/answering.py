@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -66,7 +68,7 @@ def answer_prompts(
     with _reading(model), torch.no_grad():
         # The last token is left to `generate`, which needs one to start from.
         cache = None
-        if num_prompt_tokens - 1 > prefill_chunk_tokens:
+        if num_prompt_tokens - 1 > prefill_chunk_tokens and reads_in_pieces(model):
             cache = _prefill(model, input_ids[:, :-1], attention_mask[:, :-1], prefill_chunk_tokens)
         output = model.generate(
             input_ids,
@@ -112,11 +114,55 @@ class _AnswerIsOut(StoppingCriteria):  # type: ignore[misc]
         return torch.tensor(ended, device=input_ids.device)
 
 
+def reads_in_pieces(model: PreTrainedModel) -> bool:
+    """Return whether a model, given its cache and several more tokens, goes on where it was.
+
+    Not every model does: some recurrent ones start anew unless the tokens come one by one, and say nothing.
+    So it is tried, once for each model, with a dozen tokens at once and in three pieces.
+
+    Args:
+        model: A causal language model.
+
+    Returns:
+        True if both gave the same logits but for rounding.
+    """
+    if model not in _reads_in_pieces:
+        _reads_in_pieces[model] = _try_pieces(model)
+        if not _reads_in_pieces[model]:
+            warnings.warn(
+                f"{type(model).__name__} does not go on from its cache over several tokens, so texts are read "
+                "at once. That takes more memory.",
+                stacklevel=2,
+            )
+    return _reads_in_pieces[model]
+
+
+_reads_in_pieces: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+def _try_pieces(model: PreTrainedModel) -> bool:
+    if "past_key_values" not in forward_parameters(model):
+        return False
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(1, 13, device=_device(model)) * 7919 % vocabulary).unsqueeze(0)
+    cache = None
+    pieces = []
+    with _reading(model), torch.no_grad():
+        whole = model(input_ids=ids, use_cache=True)
+        for piece in ids.split([5, 4, 3], dim=1):
+            output = model(input_ids=piece, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            if cache is None:
+                return False
+            pieces.append(output.logits)
+    difference = (torch.cat(pieces, dim=1) - whole.logits).float().norm()
+    # bfloat16 rounds to a hundredth; forgetting what was read changes everything.
+    return bool(difference <= 0.05 * whole.logits.float().norm())
+
+
 def _prefill(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, chunk_tokens: int) -> Any:
-    """Return the cache after reading `input_ids` in pieces, or None if the model has no cache to hand on."""
+    """Return the cache after reading `input_ids` in pieces."""
     accepted = forward_parameters(model)
-    if "past_key_values" not in accepted:
-        return None
     # As `generate` counts them: padding has no place of its own.
     position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
     cache = None
@@ -135,8 +181,6 @@ def _prefill(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, 
             **extra,
         )
         cache = output.past_key_values
-        if cache is None:
-            return None
     return cache
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lawcat.errors import ConfigurationError, DataError
-from lawcat.evaluation.answering import forward_parameters
+from lawcat.evaluation.answering import reads_in_pieces
 from lawcat.tasks import TextSource
 
 if TYPE_CHECKING:
@@ -197,14 +197,14 @@ def _nll(model: PreTrainedModel, windows: Tensor, chunk_tokens: int) -> Tensor:
     device = model.get_input_embeddings().weight.device
     windows = windows.to(device)
     inputs, wanted = windows[:, :-1], windows[:, 1:]
-    has_cache = "past_key_values" in forward_parameters(model)
-    size = chunk_tokens if has_cache else inputs.shape[1]
+    in_pieces = inputs.shape[1] > chunk_tokens and reads_in_pieces(model)
+    size = chunk_tokens if in_pieces else inputs.shape[1]
     cache = None
     pieces = []
     for start in range(0, inputs.shape[1], size):
-        extra = {"past_key_values": cache, "use_cache": True} if has_cache else {}
+        extra = {"past_key_values": cache, "use_cache": True} if in_pieces else {"use_cache": False}
         output = model(input_ids=inputs[:, start : start + size], **extra)
-        cache = getattr(output, "past_key_values", None)
+        cache = output.past_key_values if in_pieces else None
         targets = wanted[:, start : start + size]
         # Row by row of the batch: the float32 copy of the logits is the largest thing here.
         pieces.append(
@@ -215,11 +215,6 @@ def _nll(model: PreTrainedModel, windows: Tensor, chunk_tokens: int) -> Tensor:
                 ]
             )
         )
-        if has_cache and cache is None and start + size < inputs.shape[1]:
-            raise ConfigurationError(
-                f"{type(model).__name__} keeps no cache, so it cannot read a window in pieces. Set "
-                f"chunk_tokens to {inputs.shape[1]} or more."
-            )
     return torch.cat(pieces, dim=1).double().cpu()
 
 
