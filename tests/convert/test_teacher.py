@@ -733,11 +733,35 @@ def test_a_gguf_without_tokenizer_is_refused(tiny: Path, tmp_path: Path) -> None
 
 
 def test_an_unknown_split_warns(tiny: Path, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="splits text in the way 'viking'"):
+    with pytest.warns(UserWarning, match="cuts text in the way 'viking'"):
         load_tokenizer(write_gguf(tmp_path / "x.gguf", tiny, split="viking"))
-    assert "\u010a\u010a" not in load_tokenizer(
-        write_gguf(tmp_path / "y.gguf", tiny, split="gpt-2")
-    ).tokenize(TEXT)
+
+
+@pytest.mark.parametrize(
+    ("split", "text", "tokens"),
+    [
+        ("default", "\n\n12", ["\u010a", "\u010a", "1", "2"]),
+        ("smollm", "\n\n12", ["\u010a\u010a", "1", "2"]),
+        ("llama-bpe", "\n\n12", ["\u010a\u010a", "1", "2"]),
+        ("tekken", "\n\n12", ["\u010a\u010a", "1", "2"]),
+    ],
+)
+def test_splits(tiny: Path, tmp_path: Path, split: str, text: str, tokens: list[str]) -> None:
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "x.gguf", tiny, split=split))
+    assert tokenizer.tokenize(text) == tokens
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    pieces = [
+        piece for piece, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("toA 1234(b IT'S")
+    ]
+    assert (
+        pieces
+        == {
+            "default": ["toA", "\u01201234", "(", "b", "\u0120IT", "'", "S"],
+            "smollm": ["toA", "\u0120", "1", "2", "3", "4", "(", "b", "\u0120IT", "'", "S"],
+            "llama-bpe": ["toA", "\u0120", "123", "4", "(b", "\u0120IT", "'S"],
+            "tekken": ["to", "A", "\u0120", "1", "2", "3", "4", "(b", "\u0120IT", "'S"],
+        }[split]
+    )
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,27 @@ if TYPE_CHECKING:
 _CONVERSION = 1
 _RECORD_NAME = "teacher.json"
 
-# llama.cpp's names of ways to split text that are GPT-2's, which is what transformers takes by default.
-_SPLITS_LIKE_GPT2 = ("gpt-2", "gpt2", "default", "olmo", "jais", "trillion", "granite-docling")
+# How text is cut before byte-pair encoding, by llama.cpp's name for it (llama-vocab.cpp): whether every digit
+# stands alone, and the pattern for the rest.
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPLITS = {
+    "default": (False, _GPT2),
+    "gpt-2": (False, _GPT2),
+    "smollm": (True, _GPT2),
+    "llama3": (False, _LLAMA3),
+    "llama-v3": (False, _LLAMA3),
+    "llama-bpe": (False, _LLAMA3),
+    "tekken": (False, _TEKKEN),
+}
 
 
 def dequantized_folder(root: Path, sha256: str) -> Path:
@@ -181,38 +200,43 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerBase:
         raise TeacherError(f"{file.path} has no tokenizer. Use a file that has, or the model's safetensors.")
     with reading(str(file.path)):
         tokenizer = AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name)
-    tokenizer = checked_tokenizer(tokenizer, str(file.path))
-    if file.metadata.get("tokenizer.ggml.model") == "gpt2":
-        _correct_split(tokenizer, file)
-    return tokenizer
+        # transformers 5.17 takes the first token for the end token.
+        for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+            index = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
+            token = None if index is None else tokenizer.convert_ids_to_tokens(int(index))
+            setattr(tokenizer, f"{role}_token", token)
+        # 5.17 sets it, and it would eat the spaces before punctuation.
+        tokenizer.clean_up_tokenization_spaces = False
+        if file.metadata.get("tokenizer.ggml.model") == "gpt2":
+            _split_as_trained(tokenizer, file)
+    return checked_tokenizer(tokenizer, str(file.path))
 
 
-def _correct_split(tokenizer: PreTrainedTokenizerBase, file: GgufFile) -> None:
-    """Split text before byte-pair encoding as the model was trained on it.
+def _split_as_trained(tokenizer: PreTrainedTokenizerBase, file: GgufFile) -> None:
+    """Cut text before byte-pair encoding as the model was trained on it.
 
-    transformers 5.23 does not know "smollm" and splits as GPT-2 does: then two line feeds before a digit
-    become two tokens, and not the one that the model knows.
-
-    Source:
-        llama.cpp, `llama-vocab.cpp`, `LLAMA_VOCAB_PRE_TYPE_SMOLLM`: a digit stands alone, then GPT-2's rule.
+    transformers 5.23 does not know "smollm" and cuts as GPT-2 does, and 5.17 does so for every model: then
+    two line feeds before a digit become two tokens, and not the one that SmolLM knows.
     """
-    from tokenizers import pre_tokenizers
+    from tokenizers import Regex, decoders, pre_tokenizers
 
-    split = file.metadata.get("tokenizer.ggml.pre", "default")
-    if split == "smollm":
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    name = file.metadata.get("tokenizer.ggml.pre", "default")
+    if name not in _SPLITS:
+        warnings.warn(
+            f"{file.path} cuts text in the way {name!r}, which lawcat does not know: some text may become "
+            "other tokens than those the model was trained on. The model's safetensors come with the right "
+            "tokenizer.",
+            stacklevel=3,
         )
-    elif split not in _SPLITS_LIKE_GPT2:
-        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-
-        if split not in GGUF_PRE_TOKENIZER_SPLITS:
-            warnings.warn(
-                f"{file.path} splits text in the way {split!r}, which transformers does not know: some text "
-                "will be other tokens than those the model was trained on. The model's safetensors come with "
-                "the right tokenizer.",
-                stacklevel=2,
-            )
+        return
+    single_digits, pattern = _SPLITS[name]
+    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if single_digits else []
+    steps += [
+        pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
 
 
 __all__ = ["dequantized", "dequantized_folder", "gguf_config", "gguf_tokenizer"]
