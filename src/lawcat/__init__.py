@@ -19,7 +19,6 @@ _EXPORTS = {
     "LawcatModel": "lawcat.model.modeling_lawcat",
     "LawcatCache": "lawcat.model.cache",
     "LawcatError": "lawcat.errors",
-    "convert": "lawcat.convert.initialize",
     "linearize": "lawcat.distill.linearize",
     "load_model": "lawcat.convert.load",
     "evaluate": "lawcat.evaluation.runner",
@@ -28,7 +27,6 @@ _EXPORTS = {
 __all__ = sorted(_EXPORTS)
 
 if TYPE_CHECKING:
-    from lawcat.convert.initialize import convert
     from lawcat.convert.load import load_model
     from lawcat.distill.linearize import linearize
     from lawcat.errors import LawcatError

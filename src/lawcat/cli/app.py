@@ -1,0 +1,158 @@
+"""The command line: one typer app. Each command is a typed function that imports what it needs when it is called."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, ParamSpec
+
+import typer
+
+from lawcat import __version__
+from lawcat.errors import LawcatError
+
+app = typer.Typer(
+    name="lawcat",
+    help="Turn a pretrained transformer into a linear-attention model, and measure it against its teacher.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the GPU if there is one when not given.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
+Base = Annotated[str | None, typer.Option(help="The teacher to apply an adapter to; else the one it names.")]
+
+
+_Arguments = ParamSpec("_Arguments")
+
+
+def _with_exit_codes(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
+    """Exit 2 with one message on a user's error, 130 on Ctrl-C."""
+
+    @functools.wraps(command)
+    def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except LawcatError as error:
+            _stop(str(error), 2)
+        except KeyboardInterrupt:
+            _stop("interrupted; what was finished is saved, and the same command goes on from there", 130)
+        except BrokenPipeError:  # the reader of our output has gone, as in `lawcat info x | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError as error:
+            _stop(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
+
+    return run
+
+
+def _stop(message: str, code: int) -> None:
+    print(f"lawcat: {message}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"lawcat {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@_with_exit_codes
+def linearize(
+    teacher: Annotated[
+        str, typer.Argument(help="Hub id, local folder, GGUF file, or smollm2-135m-instruct.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Directory for the student; must not exist, but from this same run.")],
+    recipe: Annotated[str, typer.Option(help="A shipped recipe's name, or a YAML file.")] = "quick",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a field: --set recovery.steps=100. Repeatable.")
+    ] = None,
+    evaluate: Annotated[bool, typer.Option(help="Measure teacher and student as the recipe says.")] = True,
+    tensorboard: Annotated[bool, typer.Option(help="Also write TensorBoard files.")] = False,
+) -> None:
+    """Convert TEACHER and distil it. Ctrl-C saves; the same command goes on."""
+    from lawcat.cli.linearize import run_linearize
+
+    run_linearize(teacher, out, recipe, set_ or [], evaluate, tensorboard)
+
+
+@app.command(name="eval")
+@_with_exit_codes
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Students, adapters, teachers: one or several.")],
+    tasks: Annotated[str, typer.Option(help="Comma-separated: passkey, niah_single_1, ..., perplexity.")] = "passkey",
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens: 1024,2048 or 1k,2k.")] = "1k,2k,4k",
+    samples: Annotated[int, typer.Option(min=1, help="Samples a task and length.")] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="Write the results here as JSON.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a report with plots into this directory.")] = None,
+    records: Annotated[
+        Path | None, typer.Option(help="Keep finished samples here, and run none of them again.")
+    ] = None,
+    haystack: Annotated[
+        str | None, typer.Option(help="Text for needles and perplexity: file or glob; else a built-in excerpt.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    base: Base = None,
+) -> None:
+    """Measure models on the same samples: accuracy by length, and perplexity by position."""
+    from lawcat.cli.evaluate import run_evaluate
+
+    run_evaluate(
+        models, tasks, lengths, samples, seed, output, report, records, haystack, device, dtype, base
+    )
+
+
+@app.command()
+@_with_exit_codes
+def generate(
+    model: Annotated[str, typer.Argument(help="Student, adapter or teacher.")],
+    prompt: Annotated[str | None, typer.Option(help="The prompt; from standard input when not given.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a file.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Probability mass to sample from.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template.")] = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    base: Base = None,
+) -> None:
+    """Continue a prompt, token by token on standard output."""
+    from lawcat.cli.generate import run_generate
+
+    run_generate(
+        model, prompt, prompt_file, max_new_tokens, temperature, top_p, seed, chat, device, dtype, base
+    )
+
+
+@app.command()
+@_with_exit_codes
+def info(
+    model: Annotated[str, typer.Argument(help="Student, adapter or teacher.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what a model is, its memory by context length, and which backends are here and why."""
+    from lawcat.cli.info import run_info
+
+    run_info(model, as_json)
+
+
+def main() -> None:
+    """Run the app."""
+    app()

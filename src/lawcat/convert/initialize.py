@@ -1,0 +1,185 @@
+"""Teacher -> untrained student, with an account of every tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from lawcat.convert.families import family_of
+from lawcat.errors import ConfigurationError, TeacherError, did_you_mean
+from lawcat.model.configuration_lawcat import FULL, LINEAR, LawcatConfig
+from lawcat.model.modeling_lawcat import NEW_MODULES, LawcatForCausalLM
+
+# The fields of LawcatConfig that a user may choose; all others are the teacher's.
+OPERATOR_FIELDS = (
+    "feature_dim",
+    "use_conv",
+    "conv_kernel_size",
+    "use_normalizer",
+    "normalizer_eps",
+    "gate",
+    "gate_rank",
+    "gate_divisor",
+    "gate_bias_init",
+    "min_log_decay",
+    "linear_rope",
+    "state_heads",
+)
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """What became of one tensor: ``copied`` from the teacher, ``created`` for the student, or ``dropped``."""
+
+    name: str
+    shape: tuple[int, ...]
+    action: Literal["copied", "created", "dropped"]
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """The account of a conversion, a row a tensor."""
+
+    tensors: tuple[TensorReport, ...]
+
+    def names(self, action: str) -> list[str]:
+        """Return the names of the tensors with this action."""
+        return [tensor.name for tensor in self.tensors if tensor.action == action]
+
+    def num_parameters(self, action: str) -> int:
+        """Return how many numbers the tensors with this action hold."""
+        return sum(int(torch.Size(t.shape).numel()) for t in self.tensors if t.action == action)
+
+    def summary(self) -> str:
+        """Return one line of counts."""
+        return ", ".join(
+            f"{len(self.names(action))} tensors {action} ({self.num_parameters(action):,} parameters)"
+            for action in ("copied", "created", "dropped")
+        )
+
+
+def is_new_parameter(name: str) -> bool:
+    """Return whether a parameter's name is one that lawcat adds to a teacher.
+
+    >>> is_new_parameter("model.layers.0.self_attn.q_conv.weight")
+    True
+    >>> is_new_parameter("model.layers.0.self_attn.q_proj.weight")
+    False
+    """
+    return any(part in NEW_MODULES for part in name.split("."))
+
+
+def student_config(
+    teacher_config: Any, *, softmax_layers: tuple[int, ...] = (), **operator: Any
+) -> LawcatConfig:
+    """Return the configuration of a teacher's student.
+
+    Args:
+        teacher_config: The teacher's transformers configuration.
+        softmax_layers: Layers, counted from 0, that keep the teacher's softmax attention.
+        operator: Fields of the operator (``OPERATOR_FIELDS``).
+
+    Raises:
+        TeacherError: when the teacher is not supported.
+        ConfigurationError: for an unknown field, a layer that does not exist, or values that contradict.
+    """
+    family = family_of(teacher_config)
+    for name in operator:
+        if name not in OPERATOR_FIELDS:
+            raise ConfigurationError(
+                f"{name!r} is not a field of the operator.{did_you_mean(name, OPERATOR_FIELDS)} "
+                f"Fields: {', '.join(OPERATOR_FIELDS)}."
+            )
+    num_layers = teacher_config.num_hidden_layers
+    outside = [layer for layer in softmax_layers if not 0 <= layer < num_layers]
+    if outside:
+        raise ConfigurationError(
+            f"softmax layer {outside[0]} does not exist: the teacher has layers 0 to {num_layers - 1}."
+        )
+    fields = {name: getattr(teacher_config, name) for name in family.fields if hasattr(teacher_config, name)}
+    layer_types = [FULL if layer in softmax_layers else LINEAR for layer in range(num_layers)]
+    try:
+        return LawcatConfig(
+            teacher_model_type=family.model_type, layer_types=layer_types, **fields, **operator
+        )
+    except ValueError as error:  # also what huggingface_hub's strict dataclasses raise
+        raise ConfigurationError(str(error)) from error
+
+
+def convert(
+    teacher: PreTrainedModel,
+    *,
+    softmax_layers: tuple[int, ...] = (),
+    seed: int = 0,
+    **operator: Any,
+) -> tuple[LawcatForCausalLM, ConversionReport]:
+    """Return the untrained student of a teacher, and what became of every tensor.
+
+    The student takes over the teacher's tensors (no copy is made), so the teacher is not to be used for other
+    things afterwards.
+
+    Args:
+        teacher: A causal language model of a supported family, unquantized.
+        softmax_layers: Layers, counted from 0, that keep the teacher's softmax attention.
+        seed: For the gate's random first matrix.
+        operator: Fields of the operator; see ``LawcatConfig``.
+
+    Returns:
+        The student, in the teacher's dtype but for the new parameters, which are float32; and the report.
+
+    Raises:
+        TeacherError: when the teacher is not supported, or has a tensor that the student has no place for.
+        ConfigurationError: see ``student_config``.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> small = LlamaConfig(vocab_size=10, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        ...     num_attention_heads=2)
+        >>> student, report = convert(LlamaForCausalLM(small))
+        >>> report.names("dropped")
+        []
+    """
+    config = student_config(teacher.config, softmax_layers=softmax_layers, **operator)
+    with init.no_init_weights():
+        student = LawcatForCausalLM(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in student.modules():
+            if type(module).__name__ in ("CausalConvolution", "FeatureMap", "DecayGate"):
+                module.reset_parameters()
+
+    tensors = teacher.state_dict()
+    places = student.state_dict()
+    tied = set(student._tied_weights_keys) if config.tie_word_embeddings else set()
+    created = [name for name in places if name not in tensors and name not in tied]
+    lost = [name for name in created if not is_new_parameter(name)]
+    dropped = [name for name in tensors if name not in places]
+    if lost or dropped:
+        name = (lost or dropped)[0]
+        raise TeacherError(
+            f"the tensor {name} of a {config.teacher_model_type} model is "
+            f"{'missing from the teacher' if lost else 'one that lawcat has no place for'}; the checkpoint is not a "
+            "plain causal language model of that family."
+        )
+    student.load_state_dict(tensors, strict=False, assign=True)
+    student.tie_weights()
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(is_new_parameter(name))
+    student.generation_config = teacher.generation_config
+    student.eval()
+    report = ConversionReport(
+        tuple(TensorReport(name, tuple(tensors[name].shape), "copied") for name in tensors)
+        + tuple(TensorReport(name, tuple(places[name].shape), "created") for name in created)
+    )
+    return student, report
+
+
+def cast_teacher_weights(student: LawcatForCausalLM, dtype: torch.dtype) -> None:
+    """Cast what came from the teacher, in place; the new parameters stay float32, where small updates survive."""
+    for name, parameter in student.named_parameters():
+        if not is_new_parameter(name):
+            parameter.data = parameter.data.to(dtype)

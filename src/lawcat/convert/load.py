@@ -1,0 +1,94 @@
+"""Any model that a command accepts: a student, an adapter, or a teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lawcat.convert.adapter import Adapter, is_adapter
+from lawcat.convert.initialize import cast_teacher_weights, convert
+from lawcat.convert.teacher import load_teacher
+from lawcat.errors import CheckpointError
+from lawcat.files import MANIFEST_NAME, verify_manifest
+
+Kind = Literal["student", "adapter", "teacher"]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run.
+
+    Attributes:
+        model: In eval mode.
+        tokenizer: Its tokenizer.
+        name: As the user named it.
+        kind: What it was.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    kind: Kind
+
+
+def load_model(
+    name: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    base: str | None = None,
+) -> LoadedModel:
+    """Load a student directory, an adapter (applied to its base), or any transformers causal model.
+
+    Args:
+        name: A directory, or anything that is accepted as a teacher.
+        dtype: Of the weights; the new parameters of a student stay float32. ``None``: as saved.
+        device: Where to; ``None`` is the GPU if there is one.
+        base: The teacher to apply an adapter to; ``None`` is the one it names.
+
+    Raises:
+        CheckpointError: for a damaged student or adapter, or an adapter of another base.
+        TeacherError: for a model that cannot be found or read.
+    """
+    place = torch.device(device) if device is not None else _default_device()
+    path = Path(name)
+    if is_adapter(path):
+        return _load_adapter(path, dtype, place, base)
+    if path.is_dir() and (path / MANIFEST_NAME).is_file():
+        return _load_student(path, dtype, place)
+    teacher = load_teacher(str(name), dtype=dtype or torch.float32)
+    return LoadedModel(teacher.model.to(place).eval(), teacher.tokenizer, str(name), "teacher")
+
+
+def _load_student(path: Path, dtype: torch.dtype | None, device: torch.device) -> LoadedModel:
+    from transformers import AutoTokenizer
+
+    from lawcat.model.modeling_lawcat import LawcatForCausalLM
+
+    verify_manifest(path)
+    try:
+        model = LawcatForCausalLM.from_pretrained(path, dtype=dtype or "auto")
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"the student in {path} cannot be loaded: {error}") from error
+    return LoadedModel(model.to(device).eval(), tokenizer, str(path), "student")
+
+
+def _load_adapter(
+    path: Path, dtype: torch.dtype | None, device: torch.device, base: str | None
+) -> LoadedModel:
+    adapter = Adapter.load(path)
+    teacher = load_teacher(base or adapter.base_name)
+    adapter.check_base(teacher.fingerprint, teacher.name)
+    student, _ = convert(teacher.model, softmax_layers=adapter.softmax_layers, **adapter.operator)
+    adapter.apply(student)
+    if dtype is not None:
+        cast_teacher_weights(student, dtype)
+    return LoadedModel(student.to(device).eval(), teacher.tokenizer, str(path), "adapter")
+
+
+def _default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,139 @@
+"""The losses of the two stages.
+
+Legend: B sequences, T tokens, H heads, D head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Logits of so many tokens at a time: 1,024 x 49,152 float32 numbers are 200 MB.
+_TOKENS_AT_A_TIME = 1024
+
+
+def relative_squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """Return, a sequence, the mean squared error over the target's mean square.
+
+    Dividing makes layers count alike and the number readable: 1 is what an output of zeros would score. It is done
+    per sequence and not per batch, so that the mean over a batch does not depend on how the batch was split over
+    processes.
+
+    Args:
+        output: [B, T, H, D].
+        target: The same shape.
+
+    Returns:
+        [B], float32.
+    """
+    output, target = output.float().flatten(1), target.float().flatten(1)
+    return (output - target).pow(2).mean(-1) / target.pow(2).mean(-1)
+
+
+class _LanguageLoss(torch.autograd.Function):
+    """Cross-entropy and KL over a vocabulary, a piece of the tokens at a time, gradients computed on the way.
+
+    Holding the logits of a whole batch, twice for student and teacher and again for their gradients, is what runs a
+    GPU out of memory in distillation. Here each piece's gradient with respect to the hidden states is taken at once
+    and its logits are forgotten.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_head: Tensor | None,
+        targets: Tensor,
+        weights: Tensor,
+        cross_entropy_weight: float,
+        kl_weight: float,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        hidden_grad = torch.zeros_like(hidden)
+        head_grad = torch.zeros_like(head) if head.requires_grad else None
+        sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
+        for start in range(0, hidden.shape[0], _TOKENS_AT_A_TIME):
+            piece = slice(start, start + _TOKENS_AT_A_TIME)
+            weight = weights[piece]
+            with torch.enable_grad():
+                piece_hidden = hidden[piece].detach().requires_grad_()
+                piece_head = head.detach().requires_grad_(head.requires_grad)
+                logits = F.linear(piece_hidden, piece_head).float()
+                cross_entropy = (weight * F.cross_entropy(logits, targets[piece], reduction="none")).sum()
+                total = cross_entropy_weight * cross_entropy
+                kl = torch.zeros((), device=hidden.device)
+                if kl_weight and teacher_hidden is not None and teacher_head is not None:
+                    with torch.no_grad():
+                        teacher_logits = F.linear(teacher_hidden[piece], teacher_head).float() / temperature
+                        teacher_log = F.log_softmax(teacher_logits, -1)
+                    student_log = F.log_softmax(logits / temperature, -1)
+                    divergence = F.kl_div(student_log, teacher_log, log_target=True, reduction="none").sum(-1)
+                    kl = (weight * divergence).sum() * temperature**2
+                    total = total + kl_weight * kl
+                wanted = [piece_hidden, piece_head] if head_grad is not None else [piece_hidden]
+                grads = torch.autograd.grad(total, wanted)
+            hidden_grad[piece] = grads[0]
+            if head_grad is not None:
+                head_grad += grads[1]
+            sums += torch.stack([cross_entropy.detach(), kl.detach()])
+        ctx.save_for_backward(hidden_grad, head_grad)
+        total_loss = cross_entropy_weight * sums[0] + kl_weight * sums[1]
+        ctx.mark_non_differentiable(sums)
+        return total_loss, sums
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden_grad, head_grad = ctx.saved_tensors
+        scaled_head = None if head_grad is None else head_grad * grad.to(head_grad.dtype)
+        return (hidden_grad * grad.to(hidden_grad.dtype), scaled_head, *(None,) * 7)
+
+
+def language_loss(
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    *,
+    teacher_hidden: Tensor | None = None,
+    teacher_head: Tensor | None = None,
+    cross_entropy_weight: float = 1.0,
+    kl_weight: float = 0.0,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the weighted sums over tokens of the loss, of its cross-entropy and of its KL divergence.
+
+    The loss is ``cross_entropy_weight * CE + kl_weight * temperature^2 * KL(teacher || student)``, both at the given
+    token weights; divide by the sum of weights over all processes for a mean. Tokens of weight 0 cost nothing.
+
+    Args:
+        hidden: The student's last hidden states [B, T, hidden].
+        head: The student's output matrix [V, hidden].
+        targets: The token that follows each position [B, T].
+        weights: The weight of each position [B, T], at least 0.
+        teacher_hidden: The teacher's last hidden states [B, T, hidden]; needed where ``kl_weight`` is not 0.
+        teacher_head: The teacher's output matrix.
+        cross_entropy_weight: See above.
+        kl_weight: See above.
+        temperature: Divides both logits in the KL term.
+
+    Returns:
+        Three float32 scalars; only the first carries a gradient.
+    """
+    used = weights > 0
+    loss, sums = _LanguageLoss.apply(
+        hidden[used],
+        head,
+        None if teacher_hidden is None else teacher_hidden[used],
+        head if teacher_head is None else teacher_head,
+        targets[used],
+        weights[used].float(),
+        cross_entropy_weight,
+        kl_weight,
+        temperature,
+    )
+    return loss, sums[0], sums[1]

@@ -1,0 +1,131 @@
+"""Stage 2, recovery: the student end to end on next tokens and on the teacher's logits.
+
+With LoRA the teacher is the same model with its factors switched off and softmax attention switched on, so a second
+copy of the weights is needed only where all weights train.
+
+Source: LAWCAT (arXiv 2509.18467), section on distillation; the KL term is ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lawcat.convert.initialize import is_new_parameter
+from lawcat.distill.losses import language_loss
+from lawcat.distill.recipe import RecoverySettings
+from lawcat.errors import ConfigurationError, MissingDependencyError
+from lawcat.model.modeling_lawcat import LawcatForCausalLM
+
+
+class RecoveryModel:
+    """The student with what trains in stage 2, and the teacher inside or beside it.
+
+    Args:
+        student: After stage 1. With LoRA its linear layers are replaced in place.
+        settings: The stage's settings.
+
+    Attributes:
+        student: The student.
+        lora_scale: ``alpha / rank``, 0 without LoRA.
+    """
+
+    def __init__(self, student: LawcatForCausalLM, settings: RecoverySettings) -> None:
+        self.student = student
+        self._settings = settings
+        self._lora: Any = None
+        self._teacher: LawcatForCausalLM | None = None
+        self.lora_scale = 0.0
+        if settings.train == "lora":
+            self._lora = _with_lora(student, settings)
+            self.lora_scale = settings.lora_alpha / settings.lora_rank
+        elif settings.kl_weight:
+            self._teacher = copy.deepcopy(student).requires_grad_(False)
+        for name, parameter in student.named_parameters():
+            if settings.train == "all" or is_new_parameter(name):
+                parameter.requires_grad_(True)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the optimizer's groups: new parameters, and LoRA factors or the teacher's weights."""
+        named = [(name, p) for name, p in self.student.named_parameters() if p.requires_grad]
+        return [
+            {
+                "name": "new",
+                "params": [p for name, p in named if is_new_parameter(name)],
+                "peak": self._settings.new_parameter_learning_rate,
+            },
+            {
+                "name": "base",
+                "params": [p for name, p in named if not is_new_parameter(name)],
+                "peak": self._settings.learning_rate,
+            },
+        ]
+
+    def teacher_hidden(self, input_ids: Tensor) -> Tensor:
+        """Return the teacher's last hidden states [B, T, hidden], without gradient."""
+        model = self._teacher if self._teacher is not None else self.student
+        without_lora = self._lora.disable_adapter() if self._lora is not None else contextlib.nullcontext()
+        with torch.no_grad(), without_lora, model.teacher_mode():
+            hidden: Tensor = model.model(input_ids, use_cache=False).last_hidden_state
+        return hidden
+
+    def losses(
+        self, input_ids: Tensor, loss_weight: Tensor, *, total_weight: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return loss, cross-entropy and KL, each the weighted sum over these tokens divided by ``total_weight``.
+
+        Args:
+            input_ids: Tokens [B, T].
+            loss_weight: The weight of predicting each of them [B, T].
+            total_weight: The sum of weights of the whole step, over all processes.
+        """
+        settings = self._settings
+        teacher_hidden = self.teacher_hidden(input_ids) if settings.kl_weight else None
+        hidden = self.student.model(input_ids, use_cache=False).last_hidden_state
+        sums = language_loss(
+            hidden[:, :-1],
+            self.student.lm_head.weight,
+            input_ids[:, 1:],
+            loss_weight[:, 1:],
+            teacher_hidden=None if teacher_hidden is None else teacher_hidden[:, :-1],
+            teacher_head=None if self._teacher is None else self._teacher.lm_head.weight,
+            cross_entropy_weight=settings.cross_entropy_weight,
+            kl_weight=settings.kl_weight,
+            temperature=settings.kl_temperature,
+        )
+        loss, cross_entropy, kl = (value / total_weight for value in sums)
+        return loss, cross_entropy, kl
+
+
+def _with_lora(student: LawcatForCausalLM, settings: RecoverySettings) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise MissingDependencyError("peft", "distill", "stage 2 with train: lora") from error
+    linear = {name.rpartition(".")[2] for name, m in student.named_modules() if isinstance(m, torch.nn.Linear)}
+    unknown = [target for target in settings.lora_targets if target not in linear]
+    if unknown:
+        raise ConfigurationError(
+            f"recovery.lora_targets: {unknown[0]!r} is not a linear layer of the student; it has "
+            f"{', '.join(sorted(linear))}."
+        )
+    config = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        target_modules=list(settings.lora_targets),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(student, config)
+
+
+def plain_name(name: str) -> str:
+    """Return a parameter's name as it is in an adapter, without what PEFT puts into it.
+
+    >>> plain_name("model.layers.0.self_attn.q_proj.lora_A.default.weight")
+    'model.layers.0.self_attn.q_proj.lora_A.weight'
+    """
+    return name.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.")

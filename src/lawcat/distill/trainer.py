@@ -1,0 +1,341 @@
+"""The loop that both stages share: data, gradients over processes, clipping, checkpoints, interruption, the log."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lawcat.distill.attention_transfer import attention_transfer_losses
+from lawcat.distill.checkpoint import TrainingState, capture_rng, restore_rng, save_checkpoint
+from lawcat.distill.gate_statistics import GateStatistics
+from lawcat.distill.mixture import Mixture
+from lawcat.distill.recipe import AttentionTransferSettings, Recipe, RecoverySettings
+from lawcat.distill.recovery import RecoveryModel
+from lawcat.distill.schedule import learning_rate_factor
+from lawcat.distill.text import Progress
+from lawcat.distill.training_log import TrainingLog
+from lawcat.errors import ConfigurationError, TrainingError
+from lawcat.model.modeling_lawcat import LawcatForCausalLM
+
+# Gate statistics read every channel of every token: taken now and then, not at each step.
+_GATE_STATISTICS_EVERY = 10
+
+class Stage(Protocol):
+    """One of the two stages: what trains, and one step's gradients."""
+
+    number: int
+    title: str
+    settings: AttentionTransferSettings | RecoverySettings
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the optimizer's groups, each with ``params``, a ``name`` and its ``peak`` learning rate."""
+
+    def backward(self, batch: Any, workers: Workers) -> dict[str, Tensor]:
+        """Add this process's gradients, whose sum over processes is the step's; return losses to be summed."""
+
+
+class AttentionTransferStage:
+    """Stage 1; see ``attention_transfer.py``."""
+
+    number, title = 1, "attention transfer"
+
+    def __init__(self, student: LawcatForCausalLM, settings: AttentionTransferSettings) -> None:
+        self.student, self.settings = student, settings
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the new parameters, the only ones that train here."""
+        trained = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+        return [{"name": "new", "params": trained, "peak": self.settings.learning_rate}]
+
+    def backward(self, batch: Any, workers: Workers) -> dict[str, Tensor]:
+        """Return ``loss``, the mean over layers, and ``layer_losses``."""
+        share = 1.0 / workers.count
+        losses = attention_transfer_losses(self.student, batch.input_ids, gradient_scale=share) * share
+        return {"loss": losses.mean(), "layer_losses": losses}
+
+
+class RecoveryStage:
+    """Stage 2; see ``recovery.py``."""
+
+    number, title = 2, "recovery"
+
+    def __init__(self, recovery: RecoveryModel, settings: RecoverySettings) -> None:
+        self.student, self.settings = recovery.student, settings
+        self._recovery = recovery
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return new parameters and LoRA factors (or the teacher's weights)."""
+        return self._recovery.parameter_groups()
+
+    def backward(self, batch: Any, workers: Workers) -> dict[str, Tensor]:
+        """Return ``loss``, ``cross_entropy`` and ``kl``, weighted means over tokens."""
+        total_weight = workers.sum(batch.loss_weight[:, 1:].sum()).item()
+        loss, cross_entropy, kl = self._recovery.losses(
+            batch.input_ids, batch.loss_weight, total_weight=total_weight
+        )
+        loss.backward()
+        return {"loss": loss.detach(), "cross_entropy": cross_entropy, "kl": kl}
+
+
+class Workers:
+    """The processes that train together, one a device; accelerate started them, or there is just this one."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self._accelerator = accelerator
+        self.device: torch.device = accelerator.device
+        self.count: int = accelerator.num_processes
+        self.index: int = accelerator.process_index
+        self.is_main: bool = accelerator.is_main_process
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over all processes."""
+        if self.count == 1:
+            return tensor
+        return self._accelerator.reduce(tensor.to(self.device), reduction="sum")  # type: ignore[no-any-return]
+
+    def sum_gradients(self, parameters: list[Tensor]) -> None:
+        """Replace each gradient by its sum over all processes, in one exchange."""
+        if self.count == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        flat = torch.cat([p.grad.flatten().float() for p in parameters if p.grad is not None])
+        flat = self.sum(flat)
+        for parameter, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = piece.view_as(parameter).to(parameter.dtype)
+
+    def any(self, flag: bool) -> bool:
+        """Return whether the flag is set in any process."""
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        self._accelerator.wait_for_everyone()
+
+
+@dataclass
+class Interruption:
+    """Ctrl-C or SIGTERM: the step in hand is finished and saved, then the run stops."""
+
+    requested: bool = False
+    _previous: dict[int, Any] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def handled(self) -> Iterator[Interruption]:
+        """Within this context the two signals set ``requested``; a second Ctrl-C stops at once."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            if self.requested and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.requested = True
+            print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
+
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, handle)
+        except ValueError:  # not the main thread: whoever runs us there has the signals
+            self._previous.clear()
+        try:
+            yield self
+        finally:
+            for number, previous in self._previous.items():
+                signal.signal(number, previous)
+
+
+@dataclass
+class StageContext:
+    """What a stage needs from the run around it."""
+
+    recipe: Recipe
+    recipe_fingerprint: str
+    teacher_fingerprint: str
+    mixture: Mixture
+    first_sequence: int
+    checkpoints: Path
+    log: TrainingLog | None
+    workers: Workers
+    interruption: Interruption
+    progress: Progress | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def trainable(student: LawcatForCausalLM) -> dict[str, Tensor]:
+    """Return the parameters that train, by name."""
+    return {name: p for name, p in student.named_parameters() if p.requires_grad}
+
+
+def train_stage(stage: Stage, context: StageContext, resume_from: TrainingState | None) -> None:
+    """Run a stage to its end, from its start or from a checkpoint of it.
+
+    Args:
+        stage: What to train.
+        context: The run around it.
+        resume_from: A checkpoint of this stage, already checked against recipe and teacher.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, when the state has been saved.
+        TrainingError: when a loss or gradient is not finite; the last checkpoint is good.
+        ConfigurationError: when the batch cannot be shared out evenly.
+    """
+    settings, workers = stage.settings, context.workers
+    if settings.batch_sequences % workers.count:
+        raise ConfigurationError(
+            f"batch_sequences={settings.batch_sequences} cannot be shared by {workers.count} processes; "
+            "make it a multiple."
+        )
+    student: LawcatForCausalLM = stage.student  # type: ignore[attr-defined]
+    share = settings.batch_sequences // workers.count
+    groups = stage.parameter_groups()
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    optimizer = torch.optim.AdamW(
+        [{"params": g["params"], "lr": g["peak"], "peak": g["peak"]} for g in groups],
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+    )
+    start = 0
+    if resume_from is not None:
+        start = resume_from.step
+        with torch.no_grad():
+            for name, parameter in trainable(student).items():
+                parameter.copy_(resume_from.parameters[name])
+        optimizer.load_state_dict(resume_from.optimizer)
+        restore_rng(resume_from.rng)
+
+    losses: list[float] = resume_from.losses if resume_from is not None else []
+
+    def save(step: int) -> None:
+        if workers.is_main:
+            state = TrainingState(
+                stage=stage.number,
+                step=step,
+                recipe_fingerprint=context.recipe_fingerprint,
+                teacher_fingerprint=context.teacher_fingerprint,
+                parameters={name: p.detach() for name, p in trainable(student).items()},
+                optimizer=optimizer.state_dict(),
+                rng=capture_rng(),
+                data_index=context.first_sequence + step * settings.batch_sequences,
+                losses=losses[-10:],
+                extra=context.extra,
+            )
+            save_checkpoint(context.checkpoints, state, keep=context.recipe.checkpoint.keep)
+        workers.wait()
+
+    firsts = [
+        context.first_sequence + step * settings.batch_sequences + workers.index * share
+        for step in range(start, settings.steps)
+    ]
+    started = time.perf_counter()
+    for step, batch in enumerate(context.mixture.batches(firsts, share), start):
+        batch = batch.to(workers.device)
+        factor = learning_rate_factor(step, settings)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+
+        watches_gates = step % _GATE_STATISTICS_EVERY == 0 or step == settings.steps - 1
+        gates = GateStatistics()
+        with gates.watching(student) if watches_gates else contextlib.nullcontext():
+            measured = stage.backward(batch, workers)
+        measured = {name: workers.sum(value.float()) for name, value in measured.items()}
+        workers.sum_gradients(parameters)
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        _check_finite(stage, step, measured, grad_norm, student, batch.input_ids)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        loss = measured["loss"].item()
+        losses.append(loss)
+        now = time.perf_counter()
+        seconds, started = now - started, now
+        row: dict[str, Any] = {
+            **{name: value.tolist() for name, value in measured.items()},
+            "grad_norm": float(grad_norm),
+            "learning_rate": settings.learning_rate * factor,
+            "tokens_per_s": settings.batch_sequences * context.mixture.sequence_length / seconds,
+            "seconds": seconds,
+            "peak_memory_bytes": peak_memory_bytes(workers.device),
+            **gates.summary(),
+        }
+        if context.log is not None:
+            context.log.write(stage.number, step + 1, row)
+        if context.progress is not None:
+            shown = {"loss": loss, "tokens/s": row["tokens_per_s"]}
+            context.progress(f"stage {stage.number}: {stage.title}", step + 1, settings.steps, shown)
+        stopping = workers.any(context.interruption.requested)
+        if stopping or (step + 1) % context.recipe.checkpoint.every_steps == 0 or step + 1 == settings.steps:
+            save(step + 1)
+        if stopping:
+            raise KeyboardInterrupt
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory used so far: the GPU's, or this process's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _check_finite(
+    stage: Stage,
+    step: int,
+    measured: dict[str, Tensor],
+    grad_norm: Tensor,
+    student: LawcatForCausalLM,
+    input_ids: Tensor,
+) -> None:
+    """Stop the run before the optimizer sees a number that is not one, and name the layer it came from."""
+    if torch.isfinite(grad_norm) and all(bool(torch.isfinite(v).all()) for v in measured.values()):
+        return
+    where = _first_layer_not_finite(measured, student, input_ids)
+    raise TrainingError(
+        f"stage {stage.number}, step {step + 1}: the {'loss' if where else 'gradient'} is not finite"
+        f"{f', first in {where}' if where else _gradient_not_finite(student)}. The last checkpoint is good; resume with a "
+        "lower learning rate or a smaller max_grad_norm."
+    )
+
+
+def _first_layer_not_finite(
+    measured: dict[str, Tensor], student: LawcatForCausalLM, input_ids: Tensor
+) -> str | None:
+    if "layer_losses" in measured:
+        linear = [i for i, layer in enumerate(student.model.layers) if layer.self_attn.is_linear]
+        bad = [i for i, loss in zip(linear, measured["layer_losses"], strict=True) if not torch.isfinite(loss)]
+        return f"layer {bad[0]}" if bad else None
+    if torch.isfinite(measured["loss"]):
+        return None
+    found: list[int] = []
+
+    def look(index: int) -> Callable[..., None]:
+        def hook(module: Any, inputs: Any, output: Tensor) -> None:
+            if not torch.isfinite(output).all():
+                found.append(index)
+
+        return hook
+
+    handles = [layer.register_forward_hook(look(i)) for i, layer in enumerate(student.model.layers)]
+    try:
+        with torch.no_grad():
+            student.model(input_ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return f"layer {found[0]}" if found else "the output head"
+
+
+def _gradient_not_finite(student: LawcatForCausalLM) -> str:
+    for name, parameter in student.named_parameters():
+        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            return f" in {name}"
+    return ""
