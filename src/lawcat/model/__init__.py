@@ -1,7 +1,7 @@
 """The transformers model: configuration, attention, cache.
 
-The auto module is loaded first: doing so registers the model (``lawcat._register``), which imports the modules of
-this package; were it first loaded from inside one of them, that import would be circular.
+The auto module is loaded first: doing so registers the configuration (``lawcat._register``), which imports
+its module; were it first loaded from inside that module, the import would be circular.
 """
 
-import transformers.models.auto.modeling_auto  # noqa: F401
+import transformers.models.auto.configuration_auto  # noqa: F401
