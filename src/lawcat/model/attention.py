@@ -1,7 +1,7 @@
-"""The attention of a lawcat model: the teacher's projections, then LAWCAT's linear attention or the teacher's softmax.
+"""The attention of a lawcat model: the teacher's projections, then linear attention or the teacher's softmax.
 
-Legend: B batch, T tokens, H query heads, G kv heads, N state heads (H, or G with ``state_heads="kv"``), D head width,
-F feature width, K convolution taps.
+Legend: B batch, T tokens, H query heads, G kv heads, N state heads (H, or G with ``state_heads="kv"``),
+D head width, F feature width, K convolution taps.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from ..ops.backend import gated_linear_attention
+from ..ops.precision import without_autocast
 from ..ops.step import gated_linear_attention_step
-from .cache import LawcatCache, LinearAttentionState
+from .cache import LinearAttentionState
 from .configuration_lawcat import LINEAR, LawcatConfig
 from .convolution import CausalConvolution
 from .feature_map import FeatureMap
@@ -24,7 +25,7 @@ from .gate import DecayGate
 
 
 class LawcatAttention(nn.Module):
-    """One layer's attention. ``is_linear`` says which of the two it computes; see ``teacher_mode`` of the model.
+    """One layer's attention; ``is_linear`` says which of the two. The model's ``teacher_mode`` switches it.
 
     Args:
         config: The model's configuration.
@@ -34,22 +35,24 @@ class LawcatAttention(nn.Module):
     def __init__(self, config: LawcatConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
-        assert config.head_dim and config.num_key_value_heads and config.feature_dim and config.layer_types
+        assert config.head_dim is not None
+        assert config.num_key_value_heads is not None
+        assert config.feature_dim is not None
+        assert config.layer_types is not None
         self.head_dim = config.head_dim
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.num_key_value_groups = self.num_heads // self.num_kv_heads
+        self.num_state_heads = config.num_state_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout or 0.0
         self.is_causal = True
+        self.is_linear = config.layer_types[layer_idx] == LINEAR
 
         hidden, bias = config.hidden_size, config.attention_bias
         self.q_proj = nn.Linear(hidden, self.num_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden, self.num_kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden, self.num_kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden, bias=bias)
-
-        self.is_linear = config.layer_types[layer_idx] == LINEAR
-        self.num_state_heads = config.num_state_heads
         if not self.is_linear:
             return
         if config.use_conv:
@@ -75,7 +78,7 @@ class LawcatAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the layer's output [B, T, hidden], and softmax weights where the attention function gives them.
+        """Return the layer's output [B, T, hidden], and softmax weights where there are any.
 
         Args:
             hidden_states: [B, T, hidden], normalised.
@@ -85,10 +88,10 @@ class LawcatAttention(nn.Module):
             kwargs: Handed to the softmax attention function.
         """
         q, k, v = self.project(hidden_states)
+        weights = None
         if self.is_linear:
-            state = past_key_values.layers[self.layer_idx] if isinstance(past_key_values, LawcatCache) else None
+            state = None if past_key_values is None else past_key_values.layers[self.layer_idx]
             output = self.linear_attention(hidden_states, q, k, v, position_embeddings, attention_mask, state)
-            weights = None
         else:
             output, weights = self.softmax_attention(
                 q, k, v, position_embeddings, attention_mask, past_key_values, **kwargs
@@ -97,10 +100,9 @@ class LawcatAttention(nn.Module):
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q [B, T, H, D], k and v [B, T, G, D]: the teacher's own projections (equation 1)."""
-        q = self.q_proj(hidden_states).unflatten(-1, (self.num_heads, self.head_dim))
-        k = self.k_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        v = self.v_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        return q, k, v
+        shape = (*hidden_states.shape[:2], -1, self.head_dim)
+        q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        return q.view(shape), k.view(shape), v.view(shape)
 
     def linear_attention(
         self,
@@ -114,37 +116,61 @@ class LawcatAttention(nn.Module):
     ) -> Tensor:
         """Return the output before ``o_proj`` [B, T, H, D]: equations 2 to 6 of the paper, in float32.
 
-        A padded token (mask 0) gives zeros to the convolutions, adds nothing to the state and does not decay it.
+        A padded token (mask 0) gives zeros to the convolutions, adds nothing to the state and does not decay
+        it.
         """
-        config, tokens = self.config, x.shape[1]
-        with torch.autocast(x.device.type, enabled=False):
+        config = self.config
+        with without_autocast(x):
             if config.linear_rope:
                 assert position_embeddings is not None
                 q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
             log_decay = self._log_decay(x)  # (5) [B, T, G, F or 1]
             k, v, log_decay = (self._repeat_to_state_heads(t) for t in (k, v, log_decay))  # (2) [B, T, N, .]
-            keep = None if mask is None else mask[:, -tokens:, None, None].to(torch.float32)
+            keep = None if mask is None else mask[:, -x.shape[1] :, None, None].to(q.dtype)
             if keep is not None:
                 q, k, log_decay = q * keep, k * keep, log_decay * keep
+            q_inputs = k_inputs = None
             if config.use_conv:  # (3)
                 q, q_inputs = self.q_conv(q, None if state is None else state.q_inputs)
                 k, k_inputs = self.k_conv(k, None if state is None else state.k_inputs)
             q, k = self.feature_map(q), self.feature_map(k)  # (4) [B, T, H, F], [B, T, N, F]
             if keep is not None:
                 k = k * keep
-
-            arguments = {"normalize": config.use_normalizer, "eps": config.normalizer_eps}
             before = None if state is None else state.recurrent
-            if tokens == 1 and before is not None:
-                output, after = gated_linear_attention_step(q, k, v, log_decay, before, **arguments)  # (6)
-            else:
-                output, after = gated_linear_attention(
-                    q, k, v, log_decay, initial_state=before, min_log_decay=config.min_log_decay, **arguments
-                )
+            output, after = self._read_and_update(q, k, v, log_decay, before)  # (6)
             if state is not None:
-                conv_inputs = (q_inputs, k_inputs) if config.use_conv else (None, None)
-                state.store(after, *conv_inputs, num_tokens=tokens)
+                state.store(after, q_inputs, k_inputs, num_tokens=x.shape[1])
         return output
+
+    def _log_decay(self, x: Tensor) -> Tensor:
+        if self.config.gate == "none":
+            return x.new_zeros(*x.shape[:2], self.num_kv_heads, 1, dtype=torch.float32)
+        log_decay: Tensor = self.decay_gate(x)
+        return log_decay
+
+    def _repeat_to_state_heads(self, t: Tensor) -> Tensor:
+        """[B, T, G, W] -> [B, T, N, W]; query head h reads group ``h // (H / G)``."""
+        repeats = self.num_state_heads // self.num_kv_heads
+        if repeats == 1:
+            return t
+        return t[:, :, :, None].expand(-1, -1, -1, repeats, -1).flatten(2, 3)
+
+    def _read_and_update(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        normalize, eps = self.config.use_normalizer, self.config.normalizer_eps
+        if q.shape[1] == 1 and state is not None:
+            return gated_linear_attention_step(q, k, v, log_decay, state, normalize=normalize, eps=eps)
+        return gated_linear_attention(
+            q,
+            k,
+            v,
+            log_decay,
+            initial_state=state,
+            normalize=normalize,
+            eps=eps,
+            min_log_decay=self.config.min_log_decay,
+        )
 
     def softmax_attention(
         self,
@@ -156,7 +182,7 @@ class LawcatAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the teacher's attention output before ``o_proj`` [B, T, H, D], as the Llama family computes it."""
+        """Return the teacher's output before ``o_proj`` [B, T, H, D], as the Llama family computes it."""
         assert position_embeddings is not None
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, T, D]
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
@@ -176,15 +202,3 @@ class LawcatAttention(nn.Module):
             **kwargs,
         )
         return output, weights
-
-    def _log_decay(self, x: Tensor) -> Tensor:
-        if self.config.gate == "none":
-            return x.new_zeros(*x.shape[:2], self.num_kv_heads, 1, dtype=torch.float32)
-        return self.decay_gate(x)
-
-    def _repeat_to_state_heads(self, t: Tensor) -> Tensor:
-        """[B, T, G, W] -> [B, T, N, W]; query head h reads group ``h // (H / G)``."""
-        repeats = self.num_state_heads // self.num_kv_heads
-        if repeats == 1:
-            return t
-        return t[:, :, :, None].expand(-1, -1, -1, repeats, -1).flatten(2, 3)

@@ -1,8 +1,12 @@
-"""What a lawcat model remembers between calls: a state of constant size a linear layer, keys and values a softmax one."""
+"""What a lawcat model remembers between calls: a state a linear layer, keys and values a softmax layer."""
+
+# mypy is told to leave transformers out.
+# mypy: disallow-subclassing-any=False
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +17,7 @@ from .configuration_lawcat import LINEAR, LawcatConfig
 
 
 class LinearAttentionState(CacheLayerMixin):
-    """The memory of one linear layer.
+    """The memory of one linear layer. Its tensors are replaced and never written to.
 
     Attributes:
         recurrent: The state S [B, N, F, D + 1] in float32, or None before the first token.
@@ -44,18 +48,28 @@ class LinearAttentionState(CacheLayerMixin):
         named = {name: getattr(self, name) for name in self._TENSORS}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
-    def _map(self, function: Any) -> None:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         for name, tensor in self.tensors().items():
             setattr(self, name, function(tensor))
 
     # What transformers asks of a cache layer.
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: the first ``store`` sets everything."""
+        """Do nothing: the first ``store`` sets everything."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Refuse keys and values: this layer keeps none."""
         raise TypeError("a linear attention layer keeps a state and no keys and values")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse to forget the last tokens, unless there are none to forget."""
+        if tokens_to_remove:
+            raise ValueError(
+                "the state of linear attention cannot be taken back to an earlier token, which assisted "
+                "generation needs. Keep a cache.fork() of the place to return to."
+            )
 
     def get_seq_length(self) -> int:
         """Return the number of tokens seen."""
@@ -69,16 +83,11 @@ class LinearAttentionState(CacheLayerMixin):
         """Return -1: there is no longest sequence."""
         return -1
 
-    def get_max_cache_shape(self) -> int:
-        """Return -1, under the older name of ``get_max_length``."""
-        return -1
-
     def offload(self) -> None:
-        """Move the state to the CPU."""
-        self._map(lambda tensor: tensor.to("cpu", non_blocking=True))
+        """Do nothing: a state is small, so it stays where it is used."""
 
     def prefetch(self) -> None:
-        """Do nothing: a state is small, and is moved back when it is used."""
+        """Do nothing: see ``offload``."""
 
     def reset(self) -> None:
         """Forget everything."""
@@ -107,15 +116,19 @@ class LawcatCache(Cache):
 
     Example:
         >>> from lawcat import LawcatCache, LawcatConfig
-        >>> LawcatCache(LawcatConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=4)).state_bytes()
+        >>> config = LawcatConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=4)
+        >>> LawcatCache(config).state_bytes()
         0
     """
 
     def __init__(self, config: LawcatConfig, layer_types: list[str] | None = None) -> None:
         layer_types = layer_types or config.layer_types
         assert layer_types is not None
-        layers = [LinearAttentionState() if kind == LINEAR else DynamicLayer() for kind in layer_types]
-        super().__init__(layers=layers)
+        self.layer_types = list(layer_types)
+        super().__init__(layers=self._new_layers())
+
+    def _new_layers(self) -> list[CacheLayerMixin]:
+        return [LinearAttentionState() if kind == LINEAR else DynamicLayer() for kind in self.layer_types]
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor held, named ``layer.<i>.<what>``."""
@@ -134,13 +147,25 @@ class LawcatCache(Cache):
 
     def fork(self) -> LawcatCache:
         """Return an independent copy, so that one prompt can be continued in several ways."""
-        return copy.deepcopy(self)
+        twin = copy.copy(self)
+        twin.layers = [copy.copy(layer) for layer in self.layers]
+        twin._map(torch.clone)
+        return twin
 
     def to(self, device: torch.device | str) -> LawcatCache:
         """Move every tensor to a device, in place, and return the cache."""
+        self._map(lambda tensor: tensor.to(device))
+        return self
+
+    def reset(self) -> None:
+        """Forget everything."""
+        # New layers: older versions of transformers only fill a softmax layer with zeros.
+        self.layers = self._new_layers()
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         for layer in self.layers:
             if isinstance(layer, LinearAttentionState):
-                layer._map(lambda tensor: tensor.to(device))
+                layer._map(function)
             elif layer.is_initialized:
-                layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
-        return self
+                layer.keys, layer.values = function(layer.keys), function(layer.values)
+                layer.device = layer.keys.device

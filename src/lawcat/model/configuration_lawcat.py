@@ -1,15 +1,39 @@
-"""The configuration of a lawcat model: the teacher's fields and one field for each variant of the operator."""
+"""The configuration of a lawcat model: the teacher's fields and one for each variant of the operator."""
 
-from __future__ import annotations
+# No "from __future__ import annotations" here: it makes strings of the fields' types, which `strict` does
+# not check then.
 
+# mypy is told to leave transformers out.
+# mypy: disallow-subclassing-any=False
+
+import difflib
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from ..errors import ConfigurationError
+
 LINEAR = "linear_attention"
 FULL = "full_attention"
 
+# The fields of the operator, whose names are checked against typing errors.
+_OPERATOR_FIELDS = (
+    "teacher_model_type",
+    "layer_types",
+    "feature_dim",
+    "use_conv",
+    "conv_kernel_size",
+    "use_normalizer",
+    "normalizer_eps",
+    "gate",
+    "gate_rank",
+    "gate_divisor",
+    "gate_bias_init",
+    "min_log_decay",
+    "linear_rope",
+    "state_heads",
+)
 _CHOICES: dict[str, tuple[str, ...]] = {
     "gate": ("channel", "head", "none"),
     "gate_bias_init": ("zeros", "spread"),
@@ -21,13 +45,14 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 class LawcatConfig(PreTrainedConfig):
     r"""Configuration of [`LawcatForCausalLM`].
 
-    The first group of fields is the teacher's and keeps its meaning (see `LlamaConfig`). The second group is the
-    operator of LAWCAT (arXiv 2509.18467); each variant the paper discusses is one field.
+    The first group of fields is the teacher's and keeps its meaning (see `LlamaConfig`). The second group is
+    the operator of LAWCAT (arXiv 2509.18467); each variant the paper discusses is one field.
 
     Args:
-        teacher_model_type: Family of the teacher, `"llama"` or `"mistral"`: a row of `lawcat.convert.families`.
-        layer_types: Per layer `"linear_attention"` or `"full_attention"` (the teacher's softmax attention kept).
-            `None` makes every layer linear.
+        teacher_model_type: Family of the teacher, `"llama"` or `"mistral"`: a row of
+            `lawcat.convert.families`.
+        layer_types: Per layer `"linear_attention"` or `"full_attention"` (the teacher's softmax attention
+            kept). `None` makes every layer linear.
         feature_dim: Width F of the feature map's output, even. `None` means `head_dim`.
         use_conv: Causal convolution across tokens on q and k.
         conv_kernel_size: Number of taps K of that convolution, at least 2.
@@ -38,14 +63,16 @@ class LawcatConfig(PreTrainedConfig):
         gate_divisor: `log a = logsigmoid(logit) / gate_divisor`.
         gate_bias_init: `"zeros"`, or `"spread"`: from 0 to 8 over the channels, half-lives from 16 tokens to
             beyond 30,000.
-        min_log_decay: Lower bound of `log a` a token, negative: keeps the chunked form in float32's range.
-        linear_rope: Apply the teacher's rotary embedding to q and k of linear layers too. The paper finds that this
-            prevents length generalisation.
-        state_heads: `"query"`: a state a query head, as in the paper. `"kv"`: convolution, map and gate of k are per
-            kv head, so that the state is smaller by the group size.
+        min_log_decay: Lower bound of `log a` a token, negative: what lets the chunked form factor decays over
+            32 tokens at a time in float32. Down to -5 it takes 16 tokens; below, a much slower form.
+        linear_rope: Apply the teacher's rotary embedding to q and k of linear layers too. The paper finds
+            that this prevents length generalisation.
+        state_heads: `"query"`: a state a query head, as in the paper. `"kv"`: convolution, map and gate of k
+            are per kv head, so that the state is smaller by the group size.
 
     Raises:
-        ValueError: for a value outside what is stated above, naming the field, the value and what is allowed.
+        ConfigurationError: a `ValueError`, for a value outside what is stated above, naming the field, the
+            value and what is allowed, or for a name that is nearly one of the second group.
 
     Example:
         >>> from lawcat import LawcatConfig
@@ -96,25 +123,36 @@ class LawcatConfig(PreTrainedConfig):
     use_conv: bool = True
     conv_kernel_size: int = 4
     use_normalizer: bool = True
-    normalizer_eps: float = 1e-6
+    normalizer_eps: int | float = 1e-6
     gate: str = "channel"
     gate_rank: int = 16
-    gate_divisor: float = 16.0
+    gate_divisor: int | float = 16.0
     gate_bias_init: str = "spread"
-    min_log_decay: float = -5.0
+    min_log_decay: int | float = -2.5
     linear_rope: bool = False
     state_heads: str = "query"
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name in kwargs:
+            if close := difflib.get_close_matches(name, _OPERATOR_FIELDS, n=1, cutoff=0.8):
+                raise ConfigurationError(f"{name} is not a field of LawcatConfig. Did you mean {close[0]!r}?")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ConfigurationError(
+                    f"hidden_size={self.hidden_size} is not a multiple of "
+                    f"num_attention_heads={self.num_attention_heads}; set head_dim."
+                )
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.feature_dim is None:
             self.feature_dim = self.head_dim
         if self.layer_types is None:
             self.layer_types = [LINEAR] * self.num_hidden_layers
         super().__post_init__(**kwargs)
+        # Here too, since transformers wraps what its own call of it raises into an error that is no
+        # ValueError.
+        self.validate_architecture()
 
     @property
     def num_state_heads(self) -> int:
@@ -124,45 +162,43 @@ class LawcatConfig(PreTrainedConfig):
         return heads
 
     def validate_architecture(self) -> None:
-        """Refuse values that contradict each other. Called by transformers after every construction."""
+        """Refuse values that contradict each other. Also called by transformers, when a config is saved."""
+        if problem := self._problem():
+            raise ConfigurationError(problem)
+
+    def _problem(self) -> str | None:
         for name, allowed in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} is not a choice; use one of {', '.join(map(repr, allowed))}.")
-        kv_heads = self.num_key_value_heads
-        if kv_heads is not None and self.num_attention_heads % kv_heads:
-            raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} is not a multiple of num_key_value_heads={kv_heads}."
-            )
-        layer_types = self.layer_types
-        if layer_types is not None:
-            if len(layer_types) != self.num_hidden_layers:
-                raise ValueError(
-                    f"layer_types has {len(layer_types)} entries for num_hidden_layers={self.num_hidden_layers}; "
-                    "give one a layer."
-                )
-            unknown = sorted(set(layer_types) - {LINEAR, FULL})
-            if unknown:
-                raise ValueError(f"layer_types holds {unknown[0]!r}; use {LINEAR!r} or {FULL!r}.")
-        if self.feature_dim is not None and (self.feature_dim < 2 or self.feature_dim % 2):
-            raise ValueError(f"feature_dim={self.feature_dim} must be an even number of at least 2.")
-        if self.head_dim is not None and self.feature_dim is not None and self.feature_dim > 2 * self.head_dim:
-            raise ValueError(
-                f"feature_dim={self.feature_dim} is more than twice head_dim={self.head_dim}: the map starts as the "
+            if getattr(self, name) not in allowed:
+                choices = ", ".join(map(repr, allowed))
+                return f"{name}={getattr(self, name)!r} is not a choice; use one of {choices}."
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if kv_heads is not None and heads % kv_heads:
+            return f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}."
+        head_dim, feature_dim = self.head_dim, self.feature_dim
+        if feature_dim is not None and (feature_dim < 2 or feature_dim % 2):
+            return f"feature_dim={feature_dim} must be an even number of at least 2."
+        if head_dim is not None and feature_dim is not None and feature_dim > 2 * head_dim:
+            return (
+                f"feature_dim={feature_dim} is more than twice head_dim={head_dim}: the map starts as the "
                 "first feature_dim/2 columns of the identity, which has head_dim columns."
             )
+        layers, layer_types = self.num_hidden_layers, self.layer_types
+        if layer_types is not None and len(layer_types) != layers:
+            entries = len(layer_types)
+            return f"layer_types has {entries} entries for num_hidden_layers={layers}; give one a layer."
+        if unknown := sorted(set(layer_types or ()) - {LINEAR, FULL}):
+            return f"layer_types holds {unknown[0]!r}; use {LINEAR!r} or {FULL!r}."
         if self.conv_kernel_size < 2:
-            raise ValueError(
-                f"conv_kernel_size={self.conv_kernel_size} must be at least 2; for no convolution set use_conv=False."
-            )
+            taps = self.conv_kernel_size
+            return f"conv_kernel_size={taps} must be at least 2; for no convolution set use_conv=False."
         if self.gate_rank < 1:
-            raise ValueError(f"gate_rank={self.gate_rank} must be at least 1; for no gate set gate='none'.")
+            return f"gate_rank={self.gate_rank} must be at least 1; for no gate set gate='none'."
         for name in ("normalizer_eps", "gate_divisor"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+                return f"{name}={getattr(self, name)} must be above 0."
         if self.min_log_decay >= 0:
-            raise ValueError(f"min_log_decay={self.min_log_decay} must be below 0 (natural logarithm of a decay).")
-
+            return f"min_log_decay={self.min_log_decay} must be below 0 (natural logarithm of a decay)."
+        return None
 
 
 __all__ = ["FULL", "LINEAR", "LawcatConfig"]

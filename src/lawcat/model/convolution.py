@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.convolution import causal_conv1d
+from ..ops.precision import at_least_float32
 
 
 class CausalConvolution(nn.Module):
@@ -20,7 +21,7 @@ class CausalConvolution(nn.Module):
     def __init__(self, num_heads: int, head_dim: int, kernel_size: int) -> None:
         super().__init__()
         self.kernel_size = kernel_size
-        self.weight = nn.Parameter(torch.empty(num_heads * head_dim, kernel_size))
+        self.weight = nn.Parameter(at_least_float32(torch.empty(num_heads * head_dim, kernel_size)))
         self.reset_parameters()
 
     def initial_value(self) -> Tensor:
@@ -36,5 +37,5 @@ class CausalConvolution(nn.Module):
 
     def forward(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """Convolve x [B, T, heads, D] and return it with the state [B, C, K-1] for the tokens that follow."""
-        y, state = causal_conv1d(x.flatten(2), self.weight.float(), state)
-        return y.unflatten(2, x.shape[2:]), state
+        y, state = causal_conv1d(x.flatten(2), at_least_float32(self.weight), state)
+        return y.view(x.shape), state

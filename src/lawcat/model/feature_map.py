@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..ops.precision import at_least_float32
+
 
 class FeatureMap(nn.Module):
-    """``phi(u) = [softmax(u W_h) ; softmax(-u W_h)]``: positive features, so that weights of past tokens are too.
+    """``phi(u) = [softmax(u W_h) ; softmax(-u W_h)]``: positive features, and so positive weights of tokens.
 
     Args:
         num_heads: Heads with a matrix of their own.
@@ -19,7 +21,7 @@ class FeatureMap(nn.Module):
 
     def __init__(self, num_heads: int, head_dim: int, feature_dim: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_heads, head_dim, feature_dim // 2))
+        self.weight = nn.Parameter(at_least_float32(torch.empty(num_heads, head_dim, feature_dim // 2)))
         self.reset_parameters()
 
     def initial_value(self) -> Tensor:
@@ -34,10 +36,10 @@ class FeatureMap(nn.Module):
         self.weight.copy_(self.initial_value())
 
     def forward(self, u: Tensor) -> Tensor:
-        """Return the features [B, T, heads, F] of u [B, T, heads, D]; a group of heads may share one matrix."""
+        """Return the features [B, T, heads, F] of u [B, T, heads, D]; heads of a group share a matrix."""
         num_heads, head_dim, half = self.weight.shape
         batch, tokens = u.shape[:2]
-        grouped = u.reshape(batch, tokens, num_heads, -1, head_dim).float()
-        projected = torch.einsum("btgrd,gdf->btgrf", grouped, self.weight.float())
+        grouped = at_least_float32(u).reshape(batch, tokens, num_heads, -1, head_dim)
+        projected = torch.einsum("btgrd,gdf->btgrf", grouped, at_least_float32(self.weight))
         features = torch.cat([projected.softmax(-1), (-projected).softmax(-1)], dim=-1)
         return features.reshape(batch, tokens, u.shape[2], 2 * half)

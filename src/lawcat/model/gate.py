@@ -6,7 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Biases from 0 to 8 over the channels: logsigmoid(0)/16 halves a state in 16 tokens, logsigmoid(8)/16 in 33,000.
+from ..ops.precision import at_least_float32
+
+# Biases from 0 to 8 over the channels: logsigmoid(0)/16 halves a state in 16 tokens,
+# logsigmoid(8)/16 in 33,000.
 _SPREAD = (0.0, 8.0)
 
 
@@ -36,16 +39,16 @@ class DecayGate(nn.Module):
         super().__init__()
         self.num_heads, self.width = num_heads, width
         self.divisor, self.min_log_decay, self.bias_init = divisor, min_log_decay, bias_init
-        self.reduce = nn.Parameter(torch.empty(rank, hidden_size))  # W_1
-        self.expand = nn.Parameter(torch.empty(num_heads * width, rank))  # W_2
-        self.bias = nn.Parameter(torch.empty(num_heads * width))
+        self.reduce = nn.Parameter(at_least_float32(torch.empty(rank, hidden_size)))  # W_1
+        self.expand = nn.Parameter(at_least_float32(torch.empty(num_heads * width, rank)))  # W_2
+        self.bias = nn.Parameter(at_least_float32(torch.empty(num_heads * width)))
         self.reset_parameters()
 
     def initial_bias(self) -> Tensor:
         """Return the starting bias [heads * width]."""
         if self.bias_init == "zeros":
             return torch.zeros_like(self.bias)
-        # Both halves of the feature map get the whole range: channel i and channel F/2 + i read the same projection.
+        # Both halves of the feature map get the whole range: channels i and F/2 + i read the same projection.
         half = max(self.width // 2, 1)
         spread = torch.linspace(*_SPREAD, half, dtype=self.bias.dtype, device=self.bias.device)
         if self.width == 1:  # one value a head: spread over the heads instead
@@ -61,7 +64,7 @@ class DecayGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return log-decays [B, T, heads, width] in float32 for x [B, T, hidden]."""
-        reduced = F.linear(x.float(), self.reduce.float())
-        logits = F.linear(reduced, self.expand.float(), self.bias.float())
+        reduce, expand, bias = (at_least_float32(p) for p in (self.reduce, self.expand, self.bias))
+        logits = F.linear(F.linear(at_least_float32(x), reduce), expand, bias)
         log_decay = (F.logsigmoid(logits) / self.divisor).clamp(min=self.min_log_decay)
-        return log_decay.unflatten(-1, (self.num_heads, self.width))
+        return log_decay.view(*x.shape[:2], self.num_heads, self.width)

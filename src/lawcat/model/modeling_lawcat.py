@@ -1,8 +1,11 @@
 """The transformers model: the Llama family's decoder with lawcat's attention in each layer.
 
-Everything but the attention is transformers' own (norm, MLP, rotary embedding), so that a teacher's weights keep
-their names and a layer left as softmax computes what the teacher computes, bit for bit.
+Everything but the attention is transformers' own (norm, MLP, rotary embedding), so that a teacher's weights
+keep their names and a layer left as softmax computes what the teacher computes, bit for bit.
 """
+
+# mypy is told to leave transformers out.
+# mypy: disallow-subclassing-any=False, disallow-untyped-decorators=False
 
 from __future__ import annotations
 
@@ -64,8 +67,9 @@ class LawcatDecoderLayer(GradientCheckpointingLayer):
         return self.add_mlp(hidden_states + attended)
 
     def add_mlp(self, hidden_states: Tensor) -> Tensor:
-        """Return the residual stream [B, T, hidden] after the MLP; distillation enters here with its own attention."""
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        """Return the residual stream [B, T, hidden] after the MLP; distillation, too, goes on from here."""
+        added: Tensor = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + added
 
 
 class LawcatPreTrainedModel(PreTrainedModel):
@@ -100,7 +104,27 @@ class LawcatPreTrainedModel(PreTrainedModel):
 
     def attention_modules(self) -> list[LawcatAttention]:
         """Return the attention of each layer, first layer first."""
-        return [module for module in self.modules() if isinstance(module, LawcatAttention)]
+        return [layer.self_attn for layer in self.base_model.layers]
+
+    def present_layer_types(self) -> list[str]:
+        """Return what each layer computes now: ``config.layer_types``, or all softmax in ``teacher_mode``."""
+        return [LINEAR if module.is_linear else FULL for module in self.attention_modules()]
+
+    def new_cache(self) -> LawcatCache:
+        """Return an empty cache for the layers as they are now."""
+        return LawcatCache(self.config, self.present_layer_types())
+
+    def _check_cache(self, cache: Cache) -> None:
+        if not isinstance(cache, LawcatCache):
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__}, which has no place for the state of linear "
+                "attention. Pass model.new_cache(), or none: generate() and use_cache=True make one."
+            )
+        if cache.layer_types != self.present_layer_types():
+            raise ValueError(
+                "past_key_values was made for other layers: those of another model, or of this one on the "
+                "other side of teacher_mode()."
+            )
 
     @contextlib.contextmanager
     def teacher_mode(self) -> Iterator[None]:
@@ -139,11 +163,11 @@ class LawcatModel(LawcatPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | dict[str, Tensor] | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -151,30 +175,27 @@ class LawcatModel(LawcatPreTrainedModel):
 
         Args:
             input_ids: Tokens [B, T], or give ``inputs_embeds`` [B, T, hidden].
-            attention_mask: [B, past + T] or [B, T], 1 for tokens and 0 for (left) padding; or a dict by layer type.
+            attention_mask: [B, past + T] or [B, T], 1 for tokens and 0 for (left) padding; or a dict by layer
+                type.
             position_ids: [B, T]; used by softmax layers and ``linear_rope`` only.
             past_key_values: A ``LawcatCache`` of what came before.
             use_cache: Keep and return a cache.
             kwargs: Handed to the softmax attention function.
 
         Raises:
-            ValueError: when both or neither of ``input_ids`` and ``inputs_embeds`` are given, for a cache of another
-                class, or for a mask that is not two-dimensional.
+            ValueError: when both or neither of ``input_ids`` and ``inputs_embeds`` are given, for a cache of
+                another class or of other layers, or for a mask that no linear layer can use.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if past_key_values is not None and not isinstance(past_key_values, LawcatCache):
-            raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}, which has no place for the state of linear "
-                "attention. Pass a lawcat.LawcatCache(model.config), or none: generate() and use_cache=True make one."
-            )
-        if use_cache and past_key_values is None:
-            past_key_values = LawcatCache(self.config, self.present_layer_types())
-
+        if past_key_values is not None:
+            self._check_cache(past_key_values)
+        elif use_cache:
+            past_key_values = self.new_cache()
         if position_ids is None:
-            past_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past_tokens = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_tokens
             position_ids = position_ids.unsqueeze(0)
         masks = self._masks(attention_mask, inputs_embeds, position_ids, past_key_values)
@@ -182,10 +203,10 @@ class LawcatModel(LawcatPreTrainedModel):
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids) if needs_positions else None
 
         hidden_states = inputs_embeds
-        for layer in self.layers[: self.config.num_hidden_layers]:
+        for layer, kind in zip(self.layers, self.present_layer_types(), strict=True):
             hidden_states = layer(
                 hidden_states,
-                attention_mask=masks[LINEAR if layer.self_attn.is_linear else FULL],
+                attention_mask=masks[kind],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
@@ -194,10 +215,6 @@ class LawcatModel(LawcatPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )
-
-    def present_layer_types(self) -> list[str]:
-        """Return what each layer computes now: ``config.layer_types``, or all softmax within ``teacher_mode``."""
-        return [LINEAR if layer.self_attn.is_linear else FULL for layer in self.layers]
 
     def _masks(
         self,
@@ -209,14 +226,17 @@ class LawcatModel(LawcatPreTrainedModel):
         """Return the mask of each type of layer that this model has."""
         types = set(self.present_layer_types())
         if isinstance(attention_mask, dict):
-            return {kind: attention_mask.get(kind) for kind in types}
+            if missing := sorted(types - attention_mask.keys()):
+                raise ValueError(
+                    f"attention_mask has no entry for {missing[0]!r}, which this model has layers of."
+                )
+            return {kind: attention_mask[kind] for kind in types}
         masks: dict[str, Tensor | None] = {}
         if LINEAR in types:
-            if attention_mask is not None and attention_mask.ndim != 2:
-                raise ValueError(
-                    f"attention_mask has {attention_mask.ndim} dimensions; linear attention is causal by itself and "
-                    "takes a padding mask [batch, tokens]."
-                )
+            if attention_mask is not None:
+                tokens = inputs_embeds.shape[1]
+                past = 0 if past_key_values is None else past_key_values.get_seq_length()
+                self._check_padding_mask(attention_mask, tokens, past + tokens, is_hybrid=FULL in types)
             masks[LINEAR] = attention_mask
         if FULL in types:
             masks[FULL] = create_causal_mask(
@@ -228,6 +248,21 @@ class LawcatModel(LawcatPreTrainedModel):
             )
         return masks
 
+    def _check_padding_mask(
+        self, attention_mask: Tensor, tokens: int, all_tokens: int, *, is_hybrid: bool
+    ) -> None:
+        if attention_mask.ndim != 2:
+            raise ValueError(
+                f"attention_mask has {attention_mask.ndim} dimensions; linear attention is causal by itself "
+                "and takes a padding mask [batch, tokens]."
+            )
+        width = attention_mask.shape[1]
+        if width < tokens or (is_hybrid and width != all_tokens):
+            raise ValueError(
+                f"attention_mask covers {width} tokens; it must cover all {all_tokens}, those in the cache "
+                "included."
+            )
+
 
 class LawcatForCausalLM(LawcatPreTrainedModel, GenerationMixin):
     """A linear-attention language model converted from a pretrained transformer.
@@ -236,7 +271,11 @@ class LawcatForCausalLM(LawcatPreTrainedModel, GenerationMixin):
         >>> import torch
         >>> from lawcat import LawcatConfig, LawcatForCausalLM
         >>> config = LawcatConfig(
-        ...     vocab_size=10, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        ...     vocab_size=10,
+        ...     hidden_size=16,
+        ...     intermediate_size=16,
+        ...     num_hidden_layers=1,
+        ...     num_attention_heads=2,
         ... )
         >>> LawcatForCausalLM(config)(torch.tensor([[1, 2, 3]])).logits.shape
         torch.Size([1, 3, 10])
@@ -255,18 +294,25 @@ class LawcatForCausalLM(LawcatPreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        # generate() would build a DynamicCache; forward makes the LawcatCache instead.
         return False
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        # Having been told above that it cannot make one, generate() leaves the making of a cache to us.
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = self.new_cache()
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
@@ -297,7 +343,9 @@ class LawcatForCausalLM(LawcatPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden_states[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
