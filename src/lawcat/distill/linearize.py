@@ -205,7 +205,7 @@ def _train(
             recovery = RecoveryModel(student, recipe.recovery)
             student.train()
             context.first_sequence = recipe.attention_transfer.steps * recipe.attention_transfer.batch_sequences
-            stage_2 = RecoveryStage(recovery, recipe.recovery)
+            stage_2 = RecoveryStage(recovery, recipe.recovery, recipe.sequence_length)
             train_stage(stage_2, context, state if state is not None and state.stage == 2 else None)
             lora_scale = recovery.lora_scale
     if log is not None:
@@ -361,11 +361,12 @@ def _stage_facts(log: Path) -> dict[str, Any]:
         steady = sorted(row["seconds"] for row in rows)[len(rows) // 2]
         facts[str(stage)] = {
             "steps": len(rows),
+            "tokens": sum(row["tokens"] for row in rows),
             "first_loss": rows[0]["loss"],
             "last_loss": sum(row["loss"] for row in rows[-10:]) / len(rows[-10:]),
             "first_step_s": round(rows[0]["seconds"], 2),
             "median_step_s": round(steady, 4),
-            "tokens_per_s": round(rows[-1]["tokens_per_s"] * rows[-1]["seconds"] / steady),
+            "tokens_per_s": round(sum(row["tokens"] for row in rows[1:]) / max(sum(row["seconds"] for row in rows[1:]), 1e-9)),
         }
         if "layer_losses" in rows[0]:
             facts[str(stage)]["first_layer_losses"] = rows[0]["layer_losses"]

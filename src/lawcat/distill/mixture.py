@@ -84,21 +84,23 @@ class Mixture:
             self._counts[best] += 1
         return self._chosen[index], self._local[index]
 
-    def sequence(self, index: int) -> PackedSequence:
-        """Return sequence `index`, counted from 0.
+    def sequence(self, index: int, num_segments: int = 1) -> PackedSequence:
+        """Return sequence `index`, counted from 0, of `num_segments * sequence_length` tokens.
 
         Raises:
             DataError: if its source has no such data.
         """
-        source, local = self.turn(index)
-        return self._sources[source].sequence(local)
+        number, local = self.turn(index)
+        source = self._sources[number]
+        return source.sequence(local) if num_segments == 1 else source.long_sequence(local, num_segments)
 
-    def batch(self, first_index: int, count: int) -> Batch:
+    def batch(self, first_index: int, count: int, num_segments: int = 1) -> Batch:
         """Return `count` sequences from `first_index` on.
 
         Args:
             first_index: Number of the first.
             count: At least 1.
+            num_segments: Their length in units of `sequence_length`.
 
         Returns:
             The batch, on the CPU.
@@ -106,17 +108,17 @@ class Mixture:
         Raises:
             DataError: as `sequence`.
         """
-        return Batch.stack([self.sequence(index) for index in range(first_index, first_index + count)])
+        indices = range(first_index, first_index + count)
+        return Batch.stack([self.sequence(index, num_segments) for index in indices])
 
-    def batches(self, first_indices: Iterable[int], count: int) -> Iterator[Batch]:
-        """Yield `batch(first_index, count)` for each index, made by a thread while the one before is in use.
+    def batches(self, requests: Iterable[tuple[int, int, int]]) -> Iterator[Batch]:
+        """Yield `batch(*request)` for each request, made by a thread while the one before is in use.
 
         Task samples cost 10 ms each, most of it in the tokenizer, which lets other threads run meanwhile. The
         batches are the same as `batch` gives; while the iterator lives, nothing else may read the mixture.
 
         Args:
-            first_indices: Number of each batch's first sequence.
-            count: Sequences of a batch.
+            requests: First index, count and number of segments of each batch.
 
         Yields:
             Batches, on the CPU.
@@ -124,15 +126,15 @@ class Mixture:
         Raises:
             DataError: as `sequence`.
         """
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            ahead: Future[Batch] | None = None
-            for first_index in first_indices:
-                following = pool.submit(self.batch, first_index, count)
-                if ahead is not None:
-                    yield ahead.result()
-                ahead = following
-            if ahead is not None:
-                yield ahead.result()
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="lawcat-data") as executor:
+            pending = None
+            for request in requests:
+                following = executor.submit(self.batch, *request)
+                if pending is not None:
+                    yield pending.result()
+                pending = following
+            if pending is not None:
+                yield pending.result()
 
     @property
     def has_task_data(self) -> bool:

@@ -535,6 +535,12 @@ class RecoverySettings(_OptimizerSettings):
         kl_temperature: Temperature of both logits in it.
         answer_weight: See above; above 0.
         context_weight: See above; 0 or more.
+        carried_segments: In some steps a sequence is this many segments longer at most; what comes before its last
+            `sequence_length` tokens is read without gradient and only its state is carried over. Gates so learn to
+            hold what is far back, at the cost of reading alone. 0 for none.
+        carried_share: Share of steps that do so. They train on next tokens only, of task samples only the answer:
+            the teacher has not seen what came before.
+        carried_sequences: Sequences in such a step, over all processes; `None` means `batch_sequences`.
 
     Example:
         >>> RecoverySettings(train="all", learning_rate=2e-4).train
@@ -551,12 +557,18 @@ class RecoverySettings(_OptimizerSettings):
     kl_temperature: float = 1.0
     answer_weight: float = 8.0
     context_weight: float = 0.2
+    carried_segments: int = 0
+    carried_share: float = 0.5
+    carried_sequences: int | None = None
 
     def _without_effect(self) -> dict[str, str]:
         silent = super()._without_effect()
         if self.train == "all":
             for name in ("lora_rank", "lora_alpha", "lora_targets"):
                 silent[name] = "contradicts train: all, which trains the weights themselves"
+        if self.carried_segments == 0:
+            for name in ("carried_share", "carried_sequences"):
+                silent[name] = "has no effect with carried_segments: 0"
         if self.kl_weight == 0:
             silent["kl_temperature"] = "has no effect with kl_weight: 0"
         return silent
@@ -566,7 +578,12 @@ class RecoverySettings(_OptimizerSettings):
         _positive(
             self, "lora_rank", "lora_alpha", "new_parameter_learning_rate", "kl_temperature", "answer_weight"
         )
-        _not_negative(self, "cross_entropy_weight", "kl_weight", "context_weight")
+        _not_negative(self, "cross_entropy_weight", "kl_weight", "context_weight", "carried_segments")
+        _positive(self, "carried_share", "carried_sequences")
+        if self.carried_share > 1:
+            raise _fail("carried_share", self.carried_share, "it must be at most 1.")
+        if self.carried_segments and self.cross_entropy_weight == 0:
+            raise _fail("carried_segments", self.carried_segments, "such steps train on cross_entropy_weight, which is 0.")
         if not self.lora_targets:
             raise _fail("lora_targets", [], "name at least one linear layer, such as q_proj.")
         if self.steps and self.cross_entropy_weight == 0 and self.kl_weight == 0:

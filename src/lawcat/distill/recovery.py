@@ -101,6 +101,32 @@ class RecoveryModel:
         return loss, cross_entropy, kl
 
 
+    def carried_losses(
+        self, input_ids: Tensor, loss_weight: Tensor, num_trained_tokens: int, *, total_weight: float
+    ) -> Tensor:
+        """Return the cross-entropy of the last tokens, the state before them carried over without gradient.
+
+        Args:
+            input_ids: Tokens [B, T].
+            loss_weight: The weight of predicting each of them [B, T].
+            num_trained_tokens: How many tokens at the end the gradient reaches.
+            total_weight: The sum of those tokens' weights of the whole step, over all processes.
+        """
+        decoder = self.student.model
+        with torch.no_grad():
+            cache = decoder(input_ids[:, :-num_trained_tokens], use_cache=True).past_key_values
+        last, weight = input_ids[:, -num_trained_tokens:], loss_weight[:, -num_trained_tokens:]
+        hidden = decoder(last, past_key_values=cache, use_cache=True).last_hidden_state
+        loss, _, _ = language_loss(
+            hidden[:, :-1],
+            self.student.lm_head.weight,
+            last[:, 1:],
+            weight[:, 1:],
+            cross_entropy_weight=self._settings.cross_entropy_weight,
+        )
+        return loss / total_weight
+
+
 def _with_lora(student: LawcatForCausalLM, settings: RecoverySettings) -> Any:
     try:
         from peft import LoraConfig, get_peft_model

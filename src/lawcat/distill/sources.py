@@ -37,6 +37,9 @@ class Source(Protocol):
     def sequence(self, index: int) -> PackedSequence:
         """Return sequence `index`, counted from 0, of this source alone."""
 
+    def long_sequence(self, index: int, num_segments: int) -> PackedSequence:
+        """Return one of `num_segments * T` tokens; what is asked for at its end may hang on all of it."""
+
     def describe(self) -> dict[str, Any]:
         """Return what a record of the run says of this data: JSON, with a `sha256`."""
 
@@ -119,6 +122,15 @@ class WindowSource:
         epoch, place = divmod(index, self.num_windows)
         window = int(shuffled(self.num_windows, seed_of(self._seed, "epoch", epoch))[place])
         return _plain_sequence(self._slice(window * self._length, self._length), self.name)
+
+    def long_sequence(self, index: int, num_segments: int) -> PackedSequence:
+        """Return the text around window `index`; a stream that is shorter than that comes round again."""
+        epoch, place = divmod(index, self.num_windows)
+        window = int(shuffled(self.num_windows, seed_of(self._seed, "epoch", epoch))[place])
+        total, wanted = int(self._ends[-1]), num_segments * self._length
+        start = max(min(window * self._length, total - wanted), 0)
+        tokens = np.resize(self._slice(start, min(wanted, total)), wanted)
+        return _plain_sequence(tokens, self.name)
 
     def _slice(self, start: int, count: int) -> NDArray[Any]:
         pieces = []
@@ -210,6 +222,19 @@ class TaskSource:
             is_answer[answer:end] = True
             used = end
         weight[0] = 0.0
+        return PackedSequence(ids, weight, is_answer, self.name)
+
+    def long_sequence(self, index: int, num_segments: int) -> PackedSequence:
+        """Return a single sample as long as all segments, its answer at the very end; only that counts."""
+        length = num_segments * self._length
+        rng = random.Random(seed_of(self._seed, "long", index, num_segments))
+        tokens, answer_start = self._encode(length - 1, seed_of(self._seed, "long", index), rng)
+        front = length - len(tokens)  # a sample fits to within a sentence; the rest is EOS, in front
+        ids = np.full(length, self._eos, np.int64)
+        ids[front:] = tokens
+        is_answer = np.zeros(length, np.bool_)
+        is_answer[front + answer_start :] = True
+        weight = np.where(is_answer, np.float32(self._answer_weight), np.float32(0.0))
         return PackedSequence(ids, weight, is_answer, self.name)
 
     def _sample(
@@ -316,6 +341,11 @@ class HubSource:
             self._recent.append(next(self._stream))
             self._next += 1
         return self._recent[index - self._next]
+
+    def long_sequence(self, index: int, num_segments: int) -> PackedSequence:
+        """Return the sequences from `index` on, one after another."""
+        pieces = [self.sequence(index + i) for i in range(num_segments)]
+        return _plain_sequence(np.concatenate([piece.input_ids for piece in pieces]), self.name)
 
     def _sequences(self) -> Iterator[PackedSequence]:
         left = np.zeros(0, np.int64)

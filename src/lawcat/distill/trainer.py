@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import resource
 import signal
 import sys
@@ -23,6 +24,7 @@ from lawcat.distill.mixture import Mixture
 from lawcat.distill.recipe import AttentionTransferSettings, Recipe, RecoverySettings
 from lawcat.distill.recovery import RecoveryModel
 from lawcat.distill.schedule import learning_rate_factor
+from lawcat.distill.sources import seed_of
 from lawcat.distill.text import Progress
 from lawcat.distill.training_log import TrainingLog
 from lawcat.errors import ConfigurationError, TrainingError
@@ -70,8 +72,9 @@ class RecoveryStage:
 
     number, title = 2, "recovery"
 
-    def __init__(self, recovery: RecoveryModel, settings: RecoverySettings) -> None:
+    def __init__(self, recovery: RecoveryModel, settings: RecoverySettings, sequence_length: int) -> None:
         self.student, self.settings = recovery.student, settings
+        self._sequence_length = sequence_length
         self._recovery = recovery
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -79,7 +82,18 @@ class RecoveryStage:
         return self._recovery.parameter_groups()
 
     def backward(self, batch: Any, workers: Workers) -> dict[str, Tensor]:
-        """Return ``loss``, ``cross_entropy`` and ``kl``, weighted means over tokens."""
+        """Return ``loss``, ``cross_entropy`` and ``kl``, weighted means over tokens.
+
+        Longer sequences than the recipe's are those of a step that carries a state over.
+        """
+        if batch.input_ids.shape[1] > self._sequence_length:
+            weights = batch.loss_weight[:, -self._sequence_length + 1 :]
+            total_weight = workers.sum(weights.sum()).item()
+            loss = self._recovery.carried_losses(
+                batch.input_ids, batch.loss_weight, self._sequence_length, total_weight=total_weight
+            )
+            loss.backward()
+            return {"loss": loss.detach()}
         total_weight = workers.sum(batch.loss_weight[:, 1:].sum()).item()
         loss, cross_entropy, kl = self._recovery.losses(
             batch.input_ids, batch.loss_weight, total_weight=total_weight
@@ -190,13 +204,13 @@ def train_stage(stage: Stage, context: StageContext, resume_from: TrainingState 
         ConfigurationError: when the batch cannot be shared out evenly.
     """
     settings, workers = stage.settings, context.workers
-    if settings.batch_sequences % workers.count:
-        raise ConfigurationError(
-            f"batch_sequences={settings.batch_sequences} cannot be shared by {workers.count} processes; "
-            "make it a multiple."
-        )
+    for name in ("batch_sequences", "carried_sequences"):
+        count = getattr(settings, name, None)
+        if count is not None and count % workers.count:
+            raise ConfigurationError(
+                f"{name}={count} cannot be shared by {workers.count} processes; make it a multiple."
+            )
     student: LawcatForCausalLM = stage.student  # type: ignore[attr-defined]
-    share = settings.batch_sequences // workers.count
     groups = stage.parameter_groups()
     parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = torch.optim.AdamW(
@@ -232,12 +246,9 @@ def train_stage(stage: Stage, context: StageContext, resume_from: TrainingState 
             save_checkpoint(context.checkpoints, state, keep=context.recipe.checkpoint.keep)
         workers.wait()
 
-    firsts = [
-        context.first_sequence + step * settings.batch_sequences + workers.index * share
-        for step in range(start, settings.steps)
-    ]
+    requests = [_request(context, settings, step) for step in range(start, settings.steps)]
     started = time.perf_counter()
-    for step, batch in enumerate(context.mixture.batches(firsts, share), start):
+    for step, batch in enumerate(context.mixture.batches(requests), start):
         batch = batch.to(workers.device)
         factor = learning_rate_factor(step, settings)
         for group in optimizer.param_groups:
@@ -262,7 +273,8 @@ def train_stage(stage: Stage, context: StageContext, resume_from: TrainingState 
             **{name: value.tolist() for name, value in measured.items()},
             "grad_norm": float(grad_norm),
             "learning_rate": settings.learning_rate * factor,
-            "tokens_per_s": settings.batch_sequences * context.mixture.sequence_length / seconds,
+            "tokens": batch.input_ids.numel() * workers.count,
+            "tokens_per_s": batch.input_ids.numel() * workers.count / seconds,
             "seconds": seconds,
             "peak_memory_bytes": peak_memory_bytes(workers.device),
             **gates.summary(),
@@ -277,6 +289,23 @@ def train_stage(stage: Stage, context: StageContext, resume_from: TrainingState 
             save(step + 1)
         if stopping:
             raise KeyboardInterrupt
+
+
+def _request(
+    context: StageContext, settings: AttentionTransferSettings | RecoverySettings, step: int
+) -> tuple[int, int, int]:
+    """Return what this process reads in a step: first sequence, how many, and of how many segments."""
+    count, num_segments = settings.batch_sequences, 1
+    if isinstance(settings, RecoverySettings) and settings.carried_segments:
+        rng = random.Random(seed_of(context.recipe.seed, "carried", step))
+        if rng.random() < settings.carried_share:
+            count = settings.carried_sequences or count
+            longest = settings.carried_segments
+            doublings = {min(2**power - 1, longest) for power in range(1, longest.bit_length() + 1)}
+            num_segments = 1 + rng.choice(sorted(doublings))
+    share = count // context.workers.count
+    first = context.first_sequence + step * settings.batch_sequences + context.workers.index * share
+    return first, share, num_segments
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -301,7 +301,9 @@ class LawcatForCausalLM(LawcatPreTrainedModel, GenerationMixin):
     ) -> None:
         # Having been told above that it cannot make one, generate() leaves the making of a cache to us.
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+        if (given := model_kwargs.get("past_key_values")) is not None:
+            self._check_cache(given)
+        elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self.new_cache()
 
     @can_return_tuple
