@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 
 from lawcat.convert.adapter import Adapter, is_adapter
 from lawcat.convert.initialize import cast_teacher_weights, convert
-from lawcat.convert.teacher import load_teacher
-from lawcat.errors import CheckpointError
+from lawcat.convert.pretrained import without_progress_bars
+from lawcat.convert.teacher import Progress, load_teacher
+from lawcat.errors import CheckpointError, TeacherError
 from lawcat.files import MANIFEST_NAME, verify_manifest
 
 Kind = Literal["student", "adapter", "teacher"]
@@ -40,6 +43,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     base: str | None = None,
+    progress: Progress | None = None,
 ) -> LoadedModel:
     """Load a student directory, an adapter (applied to its base), or any transformers causal model.
 
@@ -48,6 +52,7 @@ def load_model(
         dtype: Of the weights; the new parameters of a student stay float32. ``None``: as saved.
         device: Where to; ``None`` is the GPU if there is one.
         base: The teacher to apply an adapter to; ``None`` is the one it names.
+        progress: Called with a line of text before what takes long.
 
     Raises:
         CheckpointError: for a damaged student or adapter, or an adapter of another base.
@@ -56,11 +61,21 @@ def load_model(
     place = torch.device(device) if device is not None else _default_device()
     path = Path(name)
     if is_adapter(path):
-        return _load_adapter(path, dtype, place, base)
-    if path.is_dir() and (path / MANIFEST_NAME).is_file():
+        return _load_adapter(path, dtype, place, base, progress)
+    if _is_student(path):
         return _load_student(path, dtype, place)
-    teacher = load_teacher(str(name), dtype=dtype or torch.float32)
-    return LoadedModel(teacher.model.to(place).eval(), teacher.tokenizer, str(name), "teacher")
+    teacher = load_teacher(name, dtype=dtype, progress=progress)
+    is_student = getattr(teacher.model.config, "model_type", None) == "lawcat"  # from a hub
+    kind: Kind = "student" if is_student else "teacher"
+    return LoadedModel(teacher.model.to(place).eval(), teacher.tokenizer, str(name), kind)
+
+
+def _is_student(path: Path) -> bool:
+    """Return whether a folder holds a student, be it a damaged one."""
+    try:
+        return bool(json.loads((path / "config.json").read_bytes())["model_type"] == "lawcat")
+    except (OSError, ValueError, KeyError, TypeError):
+        return (path / MANIFEST_NAME).is_file()
 
 
 def _load_student(path: Path, dtype: torch.dtype | None, device: torch.device) -> LoadedModel:
@@ -68,20 +83,40 @@ def _load_student(path: Path, dtype: torch.dtype | None, device: torch.device) -
 
     from lawcat.model.modeling_lawcat import LawcatForCausalLM
 
-    verify_manifest(path)
+    if (path / MANIFEST_NAME).is_file():  # one that transformers saved has none
+        verify_manifest(path)
     try:
-        model = LawcatForCausalLM.from_pretrained(path, dtype=dtype or "auto")
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, RuntimeError) as error:
+        with without_progress_bars():
+            model, info = LawcatForCausalLM.from_pretrained(
+                path, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+            )
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"the student in {path} cannot be loaded: {error}") from error
+    # transformers makes up what a file lacks, with a warning only.
+    if lacking := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"the student in {path} lacks {len(lacking)} tensors, such as {lacking[0]}. Get it again."
+        )
     return LoadedModel(model.to(device).eval(), tokenizer, str(path), "student")
 
 
 def _load_adapter(
-    path: Path, dtype: torch.dtype | None, device: torch.device, base: str | None
+    path: Path,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    base: str | None,
+    progress: Progress | None,
 ) -> LoadedModel:
     adapter = Adapter.load(path)
-    teacher = load_teacher(base or adapter.base_name)
+    try:
+        teacher = load_teacher(base or adapter.base_name, progress=progress)
+    except TeacherError as error:
+        if base is not None:
+            raise
+        raise TeacherError(
+            f"the adapter's base cannot be loaded: {error} Where it has moved, give it with --base (base=)."
+        ) from error
     adapter.check_base(teacher.fingerprint, teacher.name)
     student, _ = convert(teacher.model, softmax_layers=adapter.softmax_layers, **adapter.operator)
     adapter.apply(student)

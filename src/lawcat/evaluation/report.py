@@ -103,6 +103,7 @@ def markdown_report(results: Sequence[Results], *, images: Mapping[str, Sequence
         lines.append("")
         lines += [f"![{Path(name).stem}]({name})" for name in (images or {}).get(task, [])]
         lines += [""] if (images or {}).get(task) else []
+    lines += _perplexity_table(payloads)
     notes = [note for payload in payloads for note in report_notes(payload)]
     lines += ["## What to know", "", *(f"- {note}" for note in notes), ""] if notes else []
     lines += ["## How it was made", ""]
@@ -257,7 +258,7 @@ def _payload(results: Results, command: str | None = None) -> Mapping[str, Any]:
 
 def _payloads(results: Sequence[Results]) -> list[Mapping[str, Any]]:
     payloads = [_payload(one) for one in results]
-    if not any(payload["results"] for payload in payloads):
+    if not any(payload["results"] or payload.get("perplexity") for payload in payloads):
         raise ConfigurationError("There are no results to report.")
     names = [str(payload["model"]) for payload in payloads]
     for name in names:
@@ -284,6 +285,26 @@ def _lengths(payloads: Sequence[Mapping[str, Any]], task: str) -> list[int]:
     return lengths
 
 
+def _perplexity_table(payloads: Sequence[Mapping[str, Any]]) -> list[str]:
+    found = {p["model"]: {one["length"]: one for one in p.get("perplexity", [])} for p in payloads}
+    lengths = sorted({length for by_length in found.values() for length in by_length})
+    if not lengths:
+        return []
+    text = next(one["source"] for by_length in found.values() for one in by_length.values())
+    lines = [
+        "## perplexity",
+        "",
+        f"By length of the window, on {text['name']} (SHA-256 {text['sha256'][:16]}...).",
+        "",
+        f"| model | {' | '.join(map(format_length, lengths))} |",
+        f"| --- {'| ---: ' * len(lengths)}|",
+    ]
+    for model, by_length in found.items():
+        cells = [by_length.get(length, {}).get("perplexity") for length in lengths]
+        lines.append(f"| {model} | {' | '.join('-' if c is None else f'{c:.1f}' for c in cells)} |")
+    return [*lines, ""]
+
+
 def _percent(cell: Mapping[str, Any] | None) -> str:
     if cell is None:
         return "-"
@@ -298,7 +319,7 @@ def _provenance(payload: Mapping[str, Any]) -> list[str]:
     lines = []
     versions = ", ".join(f"{name} {version}" for name, version in payload.get("versions", {}).items())
     model = payload["model"]
-    sizes = [cell["samples"] + cell.get("errors", 0) for cell in payload["results"]]
+    sizes = [cell["samples"] + cell.get("errors", 0) for cell in payload["results"]] or [0]
     samples = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
     lines.append(f"{model}: {samples} samples a cell, seed {payload.get('seed')}; {versions}.")
     if payload.get("command"):
