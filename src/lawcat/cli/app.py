@@ -24,7 +24,9 @@ app = typer.Typer(
 )
 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the GPU if there is one when not given.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
+Dtype = Annotated[
+    str, typer.Option(help="auto (as saved), float32, bfloat16, or fast: bfloat16 where the device is faster in it.")
+]
 Base = Annotated[str | None, typer.Option(help="The teacher to apply an adapter to; else the one it names.")]
 
 
@@ -100,6 +102,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Write the results here as JSON.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write a report with plots into this directory.")] = None,
+    perplexity_tokens: Annotated[int, typer.Option(min=1, help="Tokens of text for perplexity, a length.")] = 16384,
     records: Annotated[
         Path | None, typer.Option(help="Keep finished samples here, and run none of them again.")
     ] = None,
@@ -114,7 +117,19 @@ def evaluate(
     from lawcat.cli.evaluate import run_evaluate
 
     run_evaluate(
-        models, tasks, lengths, samples, seed, output, report, records, haystack, device, dtype, base
+        models,
+        tasks,
+        lengths,
+        samples,
+        seed,
+        output,
+        report,
+        perplexity_tokens,
+        records,
+        haystack,
+        device,
+        dtype,
+        base,
     )
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from lawcat.cli.display import Display
-from lawcat.convert.load import load_model
+from lawcat.convert.load import default_device, load_model
+from lawcat.distill.precision import resolve_precision
 from lawcat.errors import ConfigurationError
 from lawcat.evaluation.lengths import parse_lengths
 from lawcat.evaluation.measure import PERPLEXITY, measure
@@ -25,8 +26,10 @@ def parse_dtype(text: str) -> torch.dtype | None:
     >>> parse_dtype("bfloat16")
     torch.bfloat16
     """
+    if text == "fast":
+        return resolve_precision("auto", default_device())
     if text not in _DTYPES:
-        raise ConfigurationError(f"--dtype {text!r} is not a choice; use {', '.join(_DTYPES)}.")
+        raise ConfigurationError(f"--dtype {text!r} is not a choice; use {', '.join(_DTYPES)} or fast.")
     return _DTYPES[text]
 
 
@@ -38,6 +41,7 @@ def run_evaluate(
     seed: int,
     output: Path | None,
     report: Path | None,
+    perplexity_tokens: int,
     records: Path | None,
     haystack: str | None,
     device: str | None,
@@ -68,6 +72,7 @@ def run_evaluate(
                 lengths=parsed,
                 samples=samples,
                 seed=seed,
+                perplexity_tokens=perplexity_tokens,
                 haystack=haystack,
                 records=records,
                 command=command,

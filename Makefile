@@ -1,0 +1,57 @@
+# make demo: a real Llama becomes linear on this machine. make test: what CI runs.
+#
+# PYTHON   the Python, 3.11 or newer, that makes the virtual environment
+# TORCH    what pip installs for PyTorch; another build: TORCH='torch==2.12.0'
+#          TORCH=system uses the PyTorch that PYTHON has already
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+OUT ?= out/demo
+
+BIN := $(VENV)/bin
+ifeq ($(TORCH),system)
+  VENV_OPTIONS := --system-site-packages
+  INSTALL_TORCH := true
+else
+  INSTALL_TORCH := $(BIN)/python -m pip install --quiet '$(TORCH)'
+endif
+
+.PHONY: demo test test-peers check clean help
+help:
+	@sed -n '1,7p' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV_OPTIONS) $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	@echo "installing PyTorch and lawcat into $(VENV), a minute or two"
+	@$(INSTALL_TORCH)
+	@$(BIN)/python -m pip install --quiet -e '.[demo]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(BIN)/python
+	@echo "installing PyTorch, lawcat and the test tools into $(VENV), a minute or two"
+	@$(INSTALL_TORCH)
+	@$(BIN)/python -m pip install --quiet -e '.[test,dev]'
+	@touch $@
+
+# Each step finds what is done already: run it again after an interruption, and it goes on.
+demo: $(VENV)/.demo
+	$(BIN)/lawcat linearize smollm2-135m-instruct $(OUT)/student --recipe quick --no-evaluate
+	$(BIN)/lawcat linearize smollm2-135m-instruct $(OUT)/untrained --recipe quick --no-evaluate \
+	  --set attention_transfer.steps=0 --set recovery.steps=0
+	$(BIN)/lawcat eval smollm2-135m-instruct $(OUT)/untrained $(OUT)/student \
+	  --tasks passkey,perplexity --lengths 256,1k,4k --samples 11 --perplexity-tokens 4096 --dtype fast \
+	  --records $(OUT)/samples.jsonl --report $(OUT)/report
+
+test: $(VENV)/.test
+	@$(BIN)/python tests/peers/fetch.py || echo "the peers' test suites could not be fetched; their tests skip"
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.test
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) out
