@@ -1,7 +1,7 @@
 """An adapter: only what distillation trained, a few megabytes, applied to the teacher it belongs to.
 
-A folder of two files: ``lawcat_adapter.json`` (the base and its fingerprint, the student's configuration, LoRA's rank
-and scale, the recipe) and ``lawcat_adapter.safetensors`` (new parameters, and LoRA factors named
+A folder of two files: ``lawcat_adapter.json`` (the base and its fingerprint, the student's configuration,
+LoRA's rank and scale, the recipe) and ``lawcat_adapter.safetensors`` (new parameters, and LoRA factors named
 ``<layer>.lora_A.weight`` and ``<layer>.lora_B.weight``).
 """
 
@@ -69,7 +69,8 @@ class Adapter:
             save_file(tensors, place / TENSORS_NAME, metadata={"format": "pt"})
             write_manifest(place)
 
-        return write_directory_atomic(Path(directory), write)
+        write_directory_atomic(Path(directory), write)
+        return Path(directory)
 
     @classmethod
     def load(cls, directory: str | Path) -> Adapter:
@@ -87,14 +88,20 @@ class Adapter:
             raise CheckpointError(
                 f"the adapter in {folder} cannot be read: {error}. Get it again, or train it again."
             ) from error
-        schema = description.pop("schema", None)
+        schema = description.pop("schema", None) if isinstance(description, dict) else None
         if schema != _SCHEMA:
             raise CheckpointError(
                 f"the adapter in {folder} has form {schema}, and lawcat {__version__} reads form {_SCHEMA}; "
                 "use the version of lawcat that wrote it."
             )
-        description["softmax_layers"] = tuple(description["softmax_layers"])
-        return cls(tensors=tensors, **description)
+        try:
+            description["softmax_layers"] = tuple(description["softmax_layers"])
+            return cls(tensors=tensors, **description)
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{folder / DESCRIPTION_NAME} is damaged: a field is missing or unknown ({error}). Get the "
+                "adapter again, or train it again."
+            ) from error
 
     def check_base(self, fingerprint: str, name: str) -> None:
         """Refuse a base that the adapter was not trained on.
@@ -105,8 +112,8 @@ class Adapter:
         if fingerprint != self.base_fingerprint:
             raise CheckpointError(
                 f"the adapter belongs to another base: it was trained on {self.base_name!r} "
-                f"(fingerprint {self.base_fingerprint[:12]}), and {name!r} has fingerprint {fingerprint[:12]}. "
-                "Give the base it was trained on."
+                f"(fingerprint {self.base_fingerprint[:12]}), and {name!r} has fingerprint "
+                f"{fingerprint[:12]}. Give the base it was trained on."
             )
 
     def apply(self, student: LawcatForCausalLM) -> None:
@@ -119,6 +126,7 @@ class Adapter:
 
         Raises:
             CheckpointError: when a tensor has no place in the student, or one of the student's is missing.
+                The student is as it was.
         """
         parameters = dict(student.named_parameters())
         expected = {name for name in parameters if is_new_parameter(name)}
@@ -128,29 +136,34 @@ class Adapter:
             raise CheckpointError(
                 f"the adapter does not fit the student: {name} is {'missing' if name in expected else 'unknown'}."
             )
+        for name in given:
+            _check_shape(name, self.tensors[name].shape, parameters[name])
+        modules = {name.removesuffix(_LORA_A).removesuffix(_LORA_B) for name in self.tensors.keys() - given}
+        for module in sorted(modules):
+            weight = parameters.get(f"{module}.weight")
+            factor_a, factor_b = self.tensors.get(module + _LORA_A), self.tensors.get(module + _LORA_B)
+            if weight is None or factor_a is None or factor_b is None:
+                raise CheckpointError(
+                    f"the adapter does not fit the student: the factors of {module} have no counterpart."
+                )
+            if factor_a.ndim != 2 or factor_b.ndim != 2 or factor_b.shape[1] != factor_a.shape[0]:
+                raise CheckpointError(f"the adapter does not fit: the factors of {module} differ in rank.")
+            _check_shape(module, torch.Size([factor_b.shape[0], factor_a.shape[1]]), weight)
         with torch.no_grad():
             for name in given:
-                self._check_shape(name, self.tensors[name], parameters[name])
                 parameters[name].copy_(self.tensors[name])
-            for name, factor_a in self.tensors.items():
-                if not name.endswith(_LORA_A):
-                    continue
-                module = name.removesuffix(_LORA_A)
-                weight = parameters.get(f"{module}.weight")
-                factor_b = self.tensors.get(module + _LORA_B)
-                if weight is None or factor_b is None:
-                    raise CheckpointError(f"the adapter does not fit the student: {name} has no counterpart.")
+            for module in modules:
+                weight = parameters[f"{module}.weight"]
+                factor_a, factor_b = self.tensors[module + _LORA_A], self.tensors[module + _LORA_B]
                 delta = self.lora_scale * (factor_b.float() @ factor_a.float())
-                self._check_shape(name, delta, weight)
                 weight.copy_(weight.float() + delta.to(weight.device))
 
-    @staticmethod
-    def _check_shape(name: str, tensor: Tensor, place: Tensor) -> None:
-        if tensor.shape != place.shape:
-            raise CheckpointError(
-                f"the adapter does not fit the student: {name} is {tuple(tensor.shape)}, its place "
-                f"{tuple(place.shape)}."
-            )
+
+def _check_shape(name: str, shape: torch.Size, place: Tensor) -> None:
+    if shape != place.shape:
+        raise CheckpointError(
+            f"the adapter does not fit the student: {name} is {tuple(shape)}, its place {tuple(place.shape)}."
+        )
 
 
 def is_adapter(directory: str | Path) -> bool:

@@ -1,7 +1,8 @@
 """The base families that lawcat understands, one row each.
 
-A row says which fields of the teacher's configuration carry over and what of the family lawcat does not compute. To
-add a family whose decoder is Llama's (norm, gated MLP, rotary embedding, grouped queries), add its row.
+A row says which fields of the teacher's configuration carry over and what of the family lawcat does not
+compute. To add a family whose decoder is Llama's (norm, gated MLP, rotary embedding, grouped queries), add
+its row.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ def _sliding_window(config: Any) -> str | None:
     if window is None:
         return None
     return (
-        f"sliding-window attention (sliding_window={window}). Supported are models with full attention, such as "
-        "Mistral-7B v0.2 and later"
+        f"sliding-window attention (sliding_window={window}). Supported are models with full attention, such "
+        "as Mistral-7B v0.2 and later"
     )
 
 
@@ -107,9 +108,14 @@ def family_of(config: Any) -> Family:
         )
     reason = family.unsupported(config)
     if reason is None and getattr(config, "quantization_config", None) is not None:
-        method = config.quantization_config
-        method = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", method)
-        reason = f"quantized weights ({method}). Supported are unquantized safetensors, and GGUF, which is dequantized"
+        settings = config.quantization_config
+        method = getattr(settings, "quant_method", None)
+        if isinstance(settings, dict):
+            method = settings.get("quant_method")
+        reason = (
+            f"quantized weights ({method or 'of an unknown method'}). Supported are unquantized safetensors, "
+            "and GGUF, which is dequantized"
+        )
     if reason is not None:
         raise TeacherError(f"the teacher ({model_type}) uses {reason}.")
     return family

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel
+from huggingface_hub.errors import StrictDataclassError
+from transformers import GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 
 from lawcat.convert.families import family_of
@@ -29,6 +31,9 @@ OPERATOR_FIELDS = (
     "linear_rope",
     "state_heads",
 )
+
+# What has no effect in greedy decoding.
+_SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 @dataclass(frozen=True)
@@ -106,8 +111,8 @@ def student_config(
         return LawcatConfig(
             teacher_model_type=family.model_type, layer_types=layer_types, **fields, **operator
         )
-    except ValueError as error:  # also what huggingface_hub's strict dataclasses raise
-        raise ConfigurationError(str(error)) from error
+    except (ValueError, StrictDataclassError) as error:
+        raise ConfigurationError(str(error.__cause__ or error)) from error
 
 
 def convert(
@@ -144,32 +149,33 @@ def convert(
         []
     """
     config = student_config(teacher.config, softmax_layers=softmax_layers, **operator)
-    with init.no_init_weights():
-        student = LawcatForCausalLM(config)
     with torch.random.fork_rng(devices=[]):
+        with init.no_init_weights():
+            student = LawcatForCausalLM(config)
         torch.manual_seed(seed)
         for module in student.modules():
             if type(module).__name__ in ("CausalConvolution", "FeatureMap", "DecayGate"):
                 module.reset_parameters()
 
-    tensors = teacher.state_dict()
-    places = student.state_dict()
+    # Tied weights are one tensor of two names; it counts under the first.
     tied = set(student._tied_weights_keys) if config.tie_word_embeddings else set()
-    created = [name for name in places if name not in tensors and name not in tied]
+    tensors = {name: tensor for name, tensor in teacher.state_dict().items() if name not in tied}
+    places = {name: tensor for name, tensor in student.state_dict().items() if name not in tied}
+    created = [name for name in places if name not in tensors]
     lost = [name for name in created if not is_new_parameter(name)]
     dropped = [name for name in tensors if name not in places]
     if lost or dropped:
         name = (lost or dropped)[0]
         raise TeacherError(
             f"the tensor {name} of a {config.teacher_model_type} model is "
-            f"{'missing from the teacher' if lost else 'one that lawcat has no place for'}; the checkpoint is not a "
-            "plain causal language model of that family."
+            f"{'missing from the teacher' if lost else 'one that lawcat has no place for'}; the checkpoint "
+            "is not a plain causal language model of that family."
         )
     student.load_state_dict(tensors, strict=False, assign=True)
     student.tie_weights()
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(is_new_parameter(name))
-    student.generation_config = teacher.generation_config
+    student.generation_config = _generation_config(teacher)
     student.eval()
     report = ConversionReport(
         tuple(TensorReport(name, tuple(tensors[name].shape), "copied") for name in tensors)
@@ -178,8 +184,21 @@ def convert(
     return student, report
 
 
+def _generation_config(teacher: PreTrainedModel) -> GenerationConfig:
+    """Return the teacher's settings, without what transformers reads with a warning but refuses to write."""
+    settings = copy.deepcopy(teacher.generation_config)
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        if not settings.do_sample:
+            for name in _SAMPLING_FIELDS:
+                setattr(settings, name, None)
+    return settings
+
+
 def cast_teacher_weights(student: LawcatForCausalLM, dtype: torch.dtype) -> None:
-    """Cast what came from the teacher, in place; the new parameters stay float32, where small updates survive."""
+    """Cast what came from the teacher, in place; the new parameters stay float32, where small updates
+    survive."""
     for name, parameter in student.named_parameters():
         if not is_new_parameter(name):
             parameter.data = parameter.data.to(dtype)

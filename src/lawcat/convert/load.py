@@ -58,7 +58,7 @@ def load_model(
         CheckpointError: for a damaged student or adapter, or an adapter of another base.
         TeacherError: for a model that cannot be found or read.
     """
-    place = torch.device(device) if device is not None else _default_device()
+    place = torch.device(device) if device is not None else default_device()
     path = Path(name)
     if is_adapter(path):
         return _load_adapter(path, dtype, place, base, progress)
@@ -125,5 +125,6 @@ def _load_adapter(
     return LoadedModel(student.to(device).eval(), teacher.tokenizer, str(path), "adapter")
 
 
-def _default_device() -> torch.device:
+def default_device() -> torch.device:
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

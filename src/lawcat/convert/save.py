@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lawcat.convert.adapter import Adapter
+from lawcat.convert.pretrained import without_progress_bars
 from lawcat.files import check_free_space, write_directory_atomic, write_manifest
 from lawcat.model.modeling_lawcat import LawcatForCausalLM
+from lawcat.model.remote_code import write_remote_code
 
 ADAPTER_FOLDER = "adapter"
 
@@ -21,7 +23,8 @@ def save_student(
     adapter: Adapter | None = None,
     add_records: Callable[[Path], object] = lambda place: None,
 ) -> Path:
-    """Write safetensors, configuration, tokenizer, generation settings and the model's code; whole or not at all.
+    """Write safetensors, configuration, tokenizer, generation settings and the model's code; whole or not at
+    all.
 
     Args:
         student: What to save.
@@ -39,12 +42,11 @@ def save_student(
     target = Path(directory)
     check_free_space(target.parent, sum(p.numel() * p.element_size() for p in student.parameters()))
 
-    # from lawcat.model.remote_code import write_remote_code
-
     def write(place: Path) -> None:
-        student.save_pretrained(place)
+        with without_progress_bars():
+            student.save_pretrained(place)
         tokenizer.save_pretrained(place)
-        pass  # write_remote_code(place)
+        write_remote_code(place)
         if adapter is not None:
             adapter.save(place / ADAPTER_FOLDER)
         add_records(place)

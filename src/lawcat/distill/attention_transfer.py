@@ -1,17 +1,20 @@
 """Stage 1, attention transfer: each layer's linear attention is fitted to the teacher's softmax attention.
 
-The target is the output before ``o_proj``, on the same input (teacher forcing: what goes on to the next layer is the
-teacher's). A layer's loss needs no graph through other layers, so its backward runs at once and only one layer's
-activations are ever held. The teacher is the same model: its projections are frozen, so one product gives q, k and v
-for both.
+The target is the output before ``o_proj``, on the same input (teacher forcing: what goes on to the next layer
+is the teacher's). A layer's loss needs no graph through other layers, so its backward runs at once and only
+one layer's activations are ever held. The teacher is the same model: its projections are frozen, so one
+product gives q, k and v for both.
 
 Source: LAWCAT (arXiv 2509.18467), section on distillation; dividing by the target's mean square is ours.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from transformers.masking_utils import create_causal_mask
 
 from lawcat.distill.losses import relative_squared_error
 from lawcat.model.modeling_lawcat import LawcatForCausalLM
@@ -25,29 +28,31 @@ def attention_transfer_losses(
     Args:
         model: The student; its new parameters require gradients.
         input_ids: Tokens [B, T], without padding.
-        gradient_scale: The gradient is that of ``gradient_scale * sum over layers of the mean over B``. None computes
-            losses only.
+        gradient_scale: The gradient is that of ``gradient_scale * sum over layers of the mean over B``. None
+            computes losses only.
 
     Returns:
         [linear layers], float32: the mean over the B sequences.
     """
-    decoder = model.model
+    decoder: Any = model.model
     losses = []
     with torch.no_grad():
         hidden = decoder.embed_tokens(input_ids)
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         positions = decoder.rotary_emb(hidden, position_ids)
+        # None where the attention function is causal by itself.
+        mask = create_causal_mask(decoder.config, hidden, None, None, position_ids=position_ids)
         for layer in decoder.layers:
             attention = layer.self_attn
             x = layer.input_layernorm(hidden)
             q, k, v = attention.project(x)
-            target, _ = attention.softmax_attention(q, k, v, positions, None)  # [B, T, H, D]
+            target, _ = attention.softmax_attention(q, k, v, positions, mask)  # [B, T, H, D]
             if attention.is_linear:
                 with torch.set_grad_enabled(gradient_scale is not None):
                     output = attention.linear_attention(x, q, k, v, positions)
                     loss = relative_squared_error(output, target).mean()
                     if gradient_scale is not None:
-                        (loss * gradient_scale).backward()
+                        torch.autograd.backward(loss * gradient_scale)
                 losses.append(loss.detach())
             hidden = layer.add_mlp(hidden + attention.o_proj(target.flatten(2)))
     return torch.stack(losses)

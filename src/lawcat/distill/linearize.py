@@ -1,12 +1,14 @@
 """The main job: a teacher goes in, a linear-attention checkpoint comes out.
 
-While it runs, everything it needs to go on after an interruption is in ``<out>.training``; ``<out>`` itself appears
-at the end, whole.
+While it runs, everything it needs to go on after an interruption is in ``<out>.training``; ``<out>`` itself
+appears at the end, whole.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import platform
 import shutil
 import time
@@ -20,11 +22,17 @@ import torch
 
 from lawcat import __version__
 from lawcat.convert.adapter import Adapter
-from lawcat.convert.families import family_of
-from lawcat.convert.initialize import ConversionReport, cast_teacher_weights, convert, is_new_parameter
+from lawcat.convert.initialize import (
+    OPERATOR_FIELDS,
+    ConversionReport,
+    cast_teacher_weights,
+    convert,
+    is_new_parameter,
+    student_config,
+)
 from lawcat.convert.save import save_student
 from lawcat.convert.teacher import Teacher, load_teacher, resolve_teacher
-from lawcat.distill.checkpoint import TrainingState, latest_checkpoint
+from lawcat.distill.checkpoint import TrainingState, latest_checkpoint, load_checkpoint
 from lawcat.distill.mixture import Mixture, build_mixture
 from lawcat.distill.precision import resolve_precision
 from lawcat.distill.recipe import Recipe
@@ -41,7 +49,8 @@ from lawcat.distill.trainer import (
 )
 from lawcat.distill.training_log import TrainingLog, read_log
 from lawcat.errors import CheckpointError, ConfigurationError, MissingDependencyError
-from lawcat.files import write_atomic
+from lawcat.files import clear_write_errors, remove_directory, remove_leftovers, write_atomic
+from lawcat.model.configuration_lawcat import LINEAR
 from lawcat.model.modeling_lawcat import LawcatForCausalLM
 
 RUN_NAME = "lawcat_run.json"
@@ -49,12 +58,17 @@ RECIPE_NAME = "recipe.yaml"
 LOG_NAME = "training_log.jsonl"
 
 
+def _silent(text: str) -> None:
+    """Say nothing."""
+
+
 @dataclass(frozen=True)
 class LinearizeResult:
     """What a run left.
 
     Attributes:
-        path: The finished student's directory; ``path / "adapter"`` is the same as an adapter, where LoRA was used.
+        path: The finished student's directory; ``path / "adapter"`` is the same as an adapter, where LoRA was
+            used.
         is_reused: Whether it was there already, from the same teacher and recipe.
     """
 
@@ -68,14 +82,14 @@ def linearize(
     recipe: str | Path | Recipe = "quick",
     *,
     progress: Progress | None = None,
-    message: Callable[[str], None] = lambda text: None,
+    message: Callable[[str], None] = _silent,
     tensorboard: bool = False,
     **overrides: Any,
 ) -> LinearizeResult:
     """Turn a teacher into a linear-attention model and save it.
 
-    A run that was interrupted goes on where it was when it is called again with the same arguments; a finished one
-    is left alone.
+    A run that was interrupted goes on where it was when it is called again with the same arguments; a
+    finished one is left alone.
 
     Args:
         teacher: A hub id, a local folder, a GGUF file, or ``smollm2-135m-instruct``.
@@ -101,46 +115,67 @@ def linearize(
     if overrides:
         settings = settings.with_overrides(_dotted(overrides))
     directory = Path(out)
+    found = _finished_run(directory)
     training = directory.with_name(directory.name + ".training")
     _check_peft(settings)
 
-    with Interruption().handled() as interruption:
+    interruption = Interruption()
+    with interruption.handled():
         workers = _start_workers()
-        if not workers.is_main:  # the first process fetches and converts, the others find it done
+        if not workers.is_main:  # one display; the others also find done what the first fetches and converts
+            progress, message = None, _silent
             workers.wait()
-        source = resolve_teacher(teacher, progress=message, check_config=_check_config)
+        source = resolve_teacher(teacher, progress=message, check_config=_check_config(settings))
         if workers.is_main:
             workers.wait()
-        base = load_teacher(source)
-        identity = {"teacher": base.fingerprint, "recipe": settings.fingerprint()}
-        if directory.exists():
-            _check_same_run(directory, identity)
+        identity = {"teacher": source.fingerprint, "recipe": settings.fingerprint()}
+        if found is not None:
+            _check_same_run(directory, found, identity)
+            # There still where a run was killed between the last two things it does.
+            if workers.is_main and (training / RUN_NAME).is_file():
+                remove_directory(training)
             return LinearizeResult(directory, is_reused=True)
         if workers.is_main:
-            _prepare(training, settings, identity, base.name)
+            _prepare(training, settings, identity, source.name)
         workers.wait()
 
         started = time.perf_counter()
+        base = load_teacher(source)
         student, report = _untrained(base, settings)
         message(report.summary())
-        fields = {"base": base.name, "conversion": report.summary()}
-        state = latest_checkpoint(training / "checkpoints") if _has_checkpoints(training) else None
+        state = _saved_state(training, identity)
         if state is not None:
             message(f"resuming from stage {state.stage}, step {state.step}")
-        done = _train(
-            student, settings, base, identity, training, state, workers, interruption, progress, message, tensorboard
-        )
-        if not workers.is_main:
-            return LinearizeResult(directory)
-        fields |= {"training_s": round(time.perf_counter() - started, 1)} | done.facts
-        message(f"writing {directory}")
-        _finish(directory, training, teacher, base, done, settings, identity, fields)
+        run = _Run(settings, base, identity, training, workers, interruption, progress, message, tensorboard)
+        trained = _train(run, student, state)
+        if workers.is_main:
+            message(f"writing {directory}")
+            fields = {"base": base.name, "conversion": report.summary()}
+            fields |= {"training_s": round(time.perf_counter() - started, 1)} | trained.facts
+            _finish(run, directory, trained, fields)
+        workers.wait()
     return LinearizeResult(directory)
 
 
 @dataclass(frozen=True)
+class _Run:
+    """What stays the same from the beginning of a run to its end."""
+
+    recipe: Recipe
+    base: Teacher
+    identity: dict[str, str]
+    training: Path
+    workers: Workers
+    interruption: Interruption
+    progress: Progress | None
+    message: Callable[[str], None]
+    tensorboard: bool
+
+
+@dataclass(frozen=True)
 class _Trained:
-    """What training gives: the trained tensors as in an adapter, or the whole student where all weights trained."""
+    """What training gives: the trained tensors as in an adapter, or the whole student where all weights
+    trained."""
 
     tensors: dict[str, torch.Tensor]
     lora_scale: float
@@ -148,125 +183,120 @@ class _Trained:
     facts: dict[str, Any]
 
 
-def _train(
-    student: LawcatForCausalLM,
-    recipe: Recipe,
-    base: Teacher,
-    identity: dict[str, str],
-    training: Path,
-    state: TrainingState | None,
-    workers: Workers,
-    interruption: Interruption,
-    progress: Progress | None,
-    message: Callable[[str], None],
-    tensorboard: bool,
-) -> _Trained:
+def _train(run: _Run, student: LawcatForCausalLM, state: TrainingState | None) -> _Trained:
+    recipe, workers = run.recipe, run.workers
     torch.manual_seed(recipe.seed)
     dtype = resolve_precision(recipe.precision, workers.device)
-    if state is not None:
-        dtype = getattr(torch, state.extra["dtype"])  # "auto" measures; a resumed run keeps what it began with
+    if state is not None:  # "auto" measures; a resumed run keeps what it began with
+        dtype = getattr(torch, state.extra["dtype"])
     trains_all = recipe.recovery.steps > 0 and recipe.recovery.train == "all"
     if not trains_all:
         cast_teacher_weights(student, dtype)
-    student.to(workers.device)
-    student.train()
-    message(f"training on {workers.device} with {str(dtype).removeprefix('torch.')} weights frozen")
+    # In evaluation mode, here and below: no dropout, so that the teacher inside is the teacher itself.
+    student.to(workers.device).eval()
+    run.message(f"training on {workers.device} with {str(dtype).removeprefix('torch.')} weights frozen")
 
-    mixture = _mixture(recipe, base, workers, progress)
-    stage_1 = AttentionTransferStage(student, recipe.attention_transfer)
+    mixture = _mixture(run)
+    extra = {"dtype": str(dtype).removeprefix("torch."), "data": mixture.describe()["sha256"]}
+    if state is not None and state.extra["data"] != extra["data"]:
+        raise CheckpointError(
+            f"{run.training} holds a run on other data: a file that the recipe names has changed since. "
+            "Restore it, choose another output directory, or remove that one to begin again."
+        )
     log = None
     if workers.is_main:
         done = (state.stage, state.step) if state is not None else (1, 0)
-        folder = training / "tensorboard" if tensorboard else None
-        log = TrainingLog(training / LOG_NAME, resume_from=done, tensorboard_dir=folder)
+        folder = run.training / "tensorboard" if run.tensorboard else None
+        log = TrainingLog(run.training / LOG_NAME, resume_from=done, tensorboard_dir=folder)
     context = StageContext(
         recipe=recipe,
-        recipe_fingerprint=identity["recipe"],
-        teacher_fingerprint=identity["teacher"],
+        recipe_fingerprint=run.identity["recipe"],
+        teacher_fingerprint=run.identity["teacher"],
         mixture=mixture,
         first_sequence=0,
-        checkpoints=training / "checkpoints",
+        checkpoints=run.training / "checkpoints",
         log=log,
         workers=workers,
-        interruption=interruption,
-        progress=progress,
-        extra={"dtype": str(dtype).removeprefix("torch.")},
+        interruption=run.interruption,
+        progress=run.progress,
+        extra=extra,
     )
     autocast = torch.autocast(workers.device.type, dtype=dtype, enabled=trains_all and dtype != torch.float32)
-    with autocast:
+    lora_scale = 0.0
+    with autocast, log or contextlib.nullcontext():
         if state is None or state.stage == 1:
-            train_stage(stage_1, context, state)
-        student.requires_grad_(False)
-        for name, parameter in student.named_parameters():
-            parameter.requires_grad_(is_new_parameter(name))
-        lora_scale = 0.0
+            train_stage(AttentionTransferStage(student, recipe.attention_transfer), context, state)
         if recipe.recovery.steps:
             torch.manual_seed(recipe.seed + 1)
             recovery = RecoveryModel(student, recipe.recovery)
-            student.train()
-            context.first_sequence = recipe.attention_transfer.steps * recipe.attention_transfer.batch_sequences
+            used = recipe.attention_transfer.steps * recipe.attention_transfer.batch_sequences
+            context.first_sequence = used
             stage_2 = RecoveryStage(recovery, recipe.recovery, recipe.sequence_length)
             train_stage(stage_2, context, state if state is not None and state.stage == 2 else None)
             lora_scale = recovery.lora_scale
-    if log is not None:
-        log.close()
-    trained = {
+    tensors = {
         plain_name(name): parameter.detach().float().cpu()
         for name, parameter in student.named_parameters()
         if is_new_parameter(name) or ".lora_" in name
     }
     facts = {
-        "device": torch.cuda.get_device_name(workers.device) if workers.device.type == "cuda" else _cpu_name(),
+        "device": _device_name(workers.device),
         "processes": workers.count,
         "precision": str(dtype).removeprefix("torch."),
         "peak_memory_bytes": peak_memory_bytes(workers.device),
         "data": mixture.describe(),
-        "stages": _stage_facts(training / LOG_NAME) if workers.is_main else {},
+        "stages": _stage_facts(run.training / LOG_NAME) if workers.is_main else {},
     }
-    return _Trained(trained, lora_scale, student if trains_all else None, facts)
+    return _Trained(tensors, lora_scale, student if trains_all else None, facts)
 
 
-def _finish(
-    directory: Path,
-    training: Path,
-    teacher: str,
-    base: Teacher,
-    trained: _Trained,
-    recipe: Recipe,
-    identity: dict[str, str],
-    fields: dict[str, Any],
-) -> None:
-    """Merge and save. The merged student is made from the teacher and the adapter, so the two cannot differ."""
+def _finish(run: _Run, directory: Path, trained: _Trained, fields: dict[str, Any]) -> None:
+    """Merge and save. The student is made from the teacher and the adapter, so the two cannot differ."""
+    base, recipe = run.base, run.recipe
     adapter = None
     if trained.student is None:
+        base = load_teacher(base.source)
+        student, _ = _untrained(base, recipe)
+        # All of the operator's fields, not only those that the recipe sets: defaults may change some day.
         adapter = Adapter(
-            base_name=teacher,
-            base_fingerprint=identity["teacher"],
-            operator=recipe.model.config_fields(),
+            base_name=base.name,
+            base_fingerprint=run.identity["teacher"],
+            operator={name: getattr(student.config, name) for name in OPERATOR_FIELDS},
             softmax_layers=recipe.model.softmax_layers,
             tensors=trained.tensors,
             lora_scale=trained.lora_scale,
             recipe=recipe.to_dict(),
         )
-        base = load_teacher(base.source)
-        student, _ = _untrained(base, recipe)
         adapter.apply(student)
     else:
         student = trained.student.cpu()
-    run = {"lawcat": __version__, "versions": versions(), **identity, **fields}
+    record = {"lawcat": __version__, "versions": versions(), **run.identity, **fields}
 
     def add_records(place: Path) -> None:
         write_atomic(place / RECIPE_NAME, recipe.to_yaml())
-        write_atomic(place / RUN_NAME, json.dumps(run, indent=2) + "\n")
-        if (training / LOG_NAME).is_file():
-            shutil.copy(training / LOG_NAME, place / LOG_NAME)
+        write_atomic(place / RUN_NAME, json.dumps(record, indent=2) + "\n")
+        if (run.training / LOG_NAME).is_file():
+            shutil.copy(run.training / LOG_NAME, place / LOG_NAME)
 
+    remove_leftovers(directory.absolute().parent)  # of a run that was killed here
     save_student(student, base.tokenizer, directory, adapter=adapter, add_records=add_records)
-    shutil.rmtree(training)
+    remove_directory(run.training)
 
 
-def _check_config(config: Any) -> None:
-    family_of(config)
+def _check_config(recipe: Recipe) -> Callable[[Any], None]:
+    """Return what refuses a teacher by its configuration, before its weights are fetched."""
+
+    def check(config: Any) -> None:
+        student = student_config(
+            config, softmax_layers=recipe.model.softmax_layers, **recipe.model.config_fields()
+        )
+        if LINEAR not in (student.layer_types or ()):
+            raise ConfigurationError(
+                f"model.softmax_layers names all {student.num_hidden_layers} layers, which leaves nothing to "
+                "linearize; leave one out."
+            )
+
+    return check
 
 
 def _untrained(base: Teacher, recipe: Recipe) -> tuple[LawcatForCausalLM, ConversionReport]:
@@ -278,19 +308,24 @@ def _untrained(base: Teacher, recipe: Recipe) -> tuple[LawcatForCausalLM, Conver
     )
 
 
-def _mixture(recipe: Recipe, base: Teacher, workers: Workers, progress: Progress | None) -> Mixture:
+def _mixture(run: _Run) -> Mixture:
     """Build the data; the first process makes what is cached, the others find it."""
 
     def model() -> Any:
-        return load_teacher(base.source, device=workers.device).model
+        return load_teacher(run.base.source, device=run.workers.device).model
 
-    if not workers.is_main:
-        workers.wait()
+    assert run.base.tokenizer is not None
+    if not run.workers.is_main:
+        run.workers.wait()
     mixture = build_mixture(
-        recipe, base.tokenizer, teacher=model, teacher_fingerprint=base.fingerprint, progress=progress
+        run.recipe,
+        run.base.tokenizer,
+        teacher=model,
+        teacher_fingerprint=run.base.fingerprint,
+        progress=run.progress,
     )
-    if workers.is_main:
-        workers.wait()
+    if run.workers.is_main:
+        run.workers.wait()
     return mixture
 
 
@@ -309,35 +344,62 @@ def _check_peft(recipe: Recipe) -> None:
             raise MissingDependencyError("peft", "distill", "stage 2 with train: lora") from error
 
 
+def _finished_run(directory: Path) -> dict[str, Any] | None:
+    """Return the record of the run that made a directory; None where there is no such directory yet."""
+    if not os.path.lexists(directory):
+        return None
+    record = _read_record(directory)
+    if record is None:
+        raise ConfigurationError(
+            f"{directory} exists and is not a student made by lawcat; nothing was overwritten. Choose "
+            "another output directory."
+        )
+    return record
+
+
+def _read_record(directory: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads((directory / RUN_NAME).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
 def _prepare(training: Path, recipe: Recipe, identity: dict[str, str], base_name: str) -> None:
     """Begin a run, or make sure that the one that is there is this one."""
-    if (training / RUN_NAME).is_file():
-        _check_same_run(training, identity)
+    record = _read_record(training)
+    if record is not None:
+        _check_same_run(training, record, identity)
         return
-    training.mkdir(parents=True, exist_ok=True)
-    write_atomic(training / RECIPE_NAME, recipe.to_yaml())
+    with clear_write_errors(training):
+        training.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(training)
+    if any(training.iterdir()):
+        raise ConfigurationError(
+            f"{training}, where training keeps its state, exists and is not of a run of lawcat; nothing was "
+            "overwritten. Choose another output directory, or move that one away."
+        )
     record = {"lawcat": __version__, "base": base_name, **identity}
     write_atomic(training / RUN_NAME, json.dumps(record, indent=2) + "\n")
+    write_atomic(training / RECIPE_NAME, recipe.to_yaml())
 
 
-def _check_same_run(directory: Path, identity: dict[str, str]) -> None:
-    try:
-        found = json.loads((directory / RUN_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"{directory} exists and is not a student made by lawcat; nothing was overwritten. Choose another output "
-            "directory."
-        ) from error
+def _check_same_run(directory: Path, record: dict[str, Any], identity: dict[str, str]) -> None:
     for what, fingerprint in identity.items():
-        if found.get(what) != fingerprint:
+        if record.get(what) != fingerprint:
             raise CheckpointError(
-                f"{directory} holds a run with another {what}; nothing was overwritten. Choose another output "
-                f"directory, or remove that one to begin again."
+                f"{directory} holds a run with another {what}; nothing was overwritten. Choose another "
+                f"output directory, or remove that one to begin again."
             )
 
 
-def _has_checkpoints(training: Path) -> bool:
-    return (training / "checkpoints").is_dir()
+def _saved_state(training: Path, identity: dict[str, str]) -> TrainingState | None:
+    checkpoint = latest_checkpoint(training / "checkpoints")
+    if checkpoint is None:
+        return None
+    return load_checkpoint(
+        checkpoint, recipe_fingerprint=identity["recipe"], teacher_fingerprint=identity["teacher"]
+    )
 
 
 def _dotted(overrides: dict[str, Any]) -> dict[str, Any]:
@@ -358,20 +420,23 @@ def _stage_facts(log: Path) -> dict[str, Any]:
         rows = [row for row in read_log(log) if row["stage"] == stage]
         if not rows:
             continue
-        steady = sorted(row["seconds"] for row in rows)[len(rows) // 2]
+        median = sorted(row["seconds"] for row in rows)[len(rows) // 2]
+        last, steady = rows[-10:], rows[1:] or rows
         facts[str(stage)] = {
             "steps": len(rows),
             "tokens": sum(row["tokens"] for row in rows),
             "first_loss": rows[0]["loss"],
-            "last_loss": sum(row["loss"] for row in rows[-10:]) / len(rows[-10:]),
+            "last_loss": sum(row["loss"] for row in last) / len(last),
             "first_step_s": round(rows[0]["seconds"], 2),
-            "median_step_s": round(steady, 4),
-            "tokens_per_s": round(sum(row["tokens"] for row in rows[1:]) / max(sum(row["seconds"] for row in rows[1:]), 1e-9)),
+            "median_step_s": round(median, 4),
+            "tokens_per_s": round(
+                sum(row["tokens"] for row in steady) / max(sum(row["seconds"] for row in steady), 1e-9)
+            ),
         }
         if "layer_losses" in rows[0]:
             facts[str(stage)]["first_layer_losses"] = rows[0]["layer_losses"]
-            last = [row["layer_losses"] for row in rows[-10:]]
-            facts[str(stage)]["last_layer_losses"] = [sum(layer) / len(layer) for layer in zip(*last, strict=True)]
+            by_layer = zip(*(row["layer_losses"] for row in last), strict=True)
+            facts[str(stage)]["last_layer_losses"] = [sum(losses) / len(losses) for losses in by_layer]
     return facts
 
 
@@ -386,5 +451,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _cpu_name() -> str:
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     return f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"

@@ -18,9 +18,9 @@ _TOKENS_AT_A_TIME = 1024
 def relative_squared_error(output: Tensor, target: Tensor) -> Tensor:
     """Return, a sequence, the mean squared error over the target's mean square.
 
-    Dividing makes layers count alike and the number readable: 1 is what an output of zeros would score. It is done
-    per sequence and not per batch, so that the mean over a batch does not depend on how the batch was split over
-    processes.
+    Dividing makes layers count alike and the number readable: 1 is what an output of zeros would score. It is
+    done per sequence and not per batch, so that the mean over a batch does not depend on how the batch was
+    split over processes.
 
     Args:
         output: [B, T, H, D].
@@ -36,13 +36,13 @@ def relative_squared_error(output: Tensor, target: Tensor) -> Tensor:
 class _LanguageLoss(torch.autograd.Function):
     """Cross-entropy and KL over a vocabulary, a piece of the tokens at a time, gradients computed on the way.
 
-    Holding the logits of a whole batch, twice for student and teacher and again for their gradients, is what runs a
-    GPU out of memory in distillation. Here each piece's gradient with respect to the hidden states is taken at once
-    and its logits are forgotten.
+    Holding the logits of a whole batch, twice for student and teacher and again for their gradients, is what
+    runs a GPU out of memory in distillation. Here each piece's gradient with respect to the hidden states is
+    taken at once and its logits are forgotten.
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,
         head: Tensor,
@@ -87,7 +87,7 @@ class _LanguageLoss(torch.autograd.Function):
         return total_loss, sums
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, head_grad = ctx.saved_tensors
         scaled_head = None if head_grad is None else head_grad * grad.to(head_grad.dtype)
         return (hidden_grad * grad.to(hidden_grad.dtype), scaled_head, *(None,) * 7)
@@ -107,8 +107,9 @@ def language_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the weighted sums over tokens of the loss, of its cross-entropy and of its KL divergence.
 
-    The loss is ``cross_entropy_weight * CE + kl_weight * temperature^2 * KL(teacher || student)``, both at the given
-    token weights; divide by the sum of weights over all processes for a mean. Tokens of weight 0 cost nothing.
+    The loss is ``cross_entropy_weight * CE + kl_weight * temperature^2 * KL(teacher || student)``, both at
+    the given token weights; divide by the sum of weights over all processes for a mean. Tokens of weight 0
+    cost nothing.
 
     Args:
         hidden: The student's last hidden states [B, T, hidden].
@@ -125,7 +126,7 @@ def language_loss(
         Three float32 scalars; only the first carries a gradient.
     """
     used = weights > 0
-    loss, sums = _LanguageLoss.apply(
+    loss, sums = _LanguageLoss.apply(  # type: ignore[no-untyped-call]
         hidden[used],
         head,
         None if teacher_hidden is None else teacher_hidden[used],

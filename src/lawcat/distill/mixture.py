@@ -15,7 +15,7 @@ import os
 import random
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -39,33 +39,26 @@ if TYPE_CHECKING:
     from lawcat.tasks.niah import ValueKind
 
 
-class Mixture:
-    """Endless training data: sequence i of all, for any i.
-
-    Sources take turns so that each has had its share of the sequences at every point, to about one sequence,
-    and exactly after each full round. The order among equal claims is the seed's.
+class Turns:
+    """Who gives sequence i: so that each has had its share at every point, to about one sequence.
 
     Args:
-        sources: The ingredients, each with its weight.
-        sequence_length: T.
-        seed: Seed of the turns.
+        weights: One a source; a source of weight 0 has no turn.
+        seed: Seed of the order among equal claims.
 
     Example:
-        >>> mixture = build_mixture(recipe, tokenizer)  # doctest: +SKIP
-        >>> mixture.batch(0, 2).input_ids.shape  # doctest: +SKIP
-        torch.Size([2, 1024])
+        >>> turns = Turns([1, 1], seed=0)
+        >>> sorted(turns.turn(i) for i in range(4))
+        [(0, 0), (0, 1), (1, 0), (1, 1)]
     """
 
-    def __init__(self, sources: Sequence[tuple[Source, float]], sequence_length: int, seed: int) -> None:
-        self.sequence_length = sequence_length
-        self._sources = [source for source, _ in sources]
-        self._weights = [weight for _, weight in sources]
+    def __init__(self, weights: Sequence[float], seed: int) -> None:
         # In whole numbers, so that no rounding ever moves a turn. repr gives the decimal that the user wrote.
-        exact = [Fraction(repr(float(weight))) for weight in self._weights]
+        exact = [Fraction(repr(float(weight))) for weight in weights]
         scale = lcm(*(weight.denominator for weight in exact))
-        self._shares = [int(weight * scale) for weight in exact]
-        self._order = list(range(len(exact)))
-        random.Random(seed_of(seed, "turns")).shuffle(self._order)
+        self.shares = [int(weight * scale) for weight in exact]
+        self.order = list(range(len(exact)))
+        random.Random(seed_of(seed, "turns")).shuffle(self.order)
         self._chosen = array("H")
         self._local = array("Q")
         self._counts = [0] * len(exact)
@@ -73,16 +66,49 @@ class Mixture:
 
     def turn(self, index: int) -> tuple[int, int]:
         """Return which source gives sequence `index`, by its number, and how many it gave before."""
-        total = sum(self._shares)
+        total = sum(self.shares)
         while len(self._chosen) <= index:
-            for i, share in enumerate(self._shares):
+            for i, share in enumerate(self.shares):
                 self._claims[i] += share
-            best = max(self._order, key=self._claims.__getitem__)
+            best = max((i for i in self.order if self.shares[i]), key=self._claims.__getitem__)
             self._claims[best] -= total
             self._chosen.append(best)
             self._local.append(self._counts[best])
             self._counts[best] += 1
         return self._chosen[index], self._local[index]
+
+
+class Mixture:
+    """Endless training data: sequence i of all, for any i; `Turns` says whose it is.
+
+    Args:
+        sources: The ingredients, each with its weight.
+        sequence_length: T.
+        seed: Seed of the turns.
+        carried_weights: The sources' weights in long sequences; None for the same.
+
+    Example:
+        >>> mixture = build_mixture(recipe, tokenizer)  # doctest: +SKIP
+        >>> mixture.batch(0, 2).input_ids.shape  # doctest: +SKIP
+        torch.Size([2, 1024])
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[Source, float]],
+        sequence_length: int,
+        seed: int,
+        carried_weights: Sequence[float] | None = None,
+    ) -> None:
+        self.sequence_length = sequence_length
+        self._sources = [source for source, _ in sources]
+        self._weights = [weight for _, weight in sources]
+        self._turns = Turns(self._weights, seed)
+        self._carried_turns = Turns(carried_weights or self._weights, seed)
+
+    def turn(self, index: int) -> tuple[int, int]:
+        """Return which source gives sequence `index`, by its number, and how many it gave before."""
+        return self._turns.turn(index)
 
     def sequence(self, index: int, num_segments: int = 1) -> PackedSequence:
         """Return sequence `index`, counted from 0, of `num_segments * sequence_length` tokens.
@@ -90,9 +116,11 @@ class Mixture:
         Raises:
             DataError: if its source has no such data.
         """
-        number, local = self.turn(index)
-        source = self._sources[number]
-        return source.sequence(local) if num_segments == 1 else source.long_sequence(local, num_segments)
+        if num_segments == 1:
+            number, local = self._turns.turn(index)
+            return self._sources[number].sequence(local)
+        number, local = self._carried_turns.turn(index)
+        return self._sources[number].long_sequence(local, num_segments)
 
     def batch(self, first_index: int, count: int, num_segments: int = 1) -> Batch:
         """Return `count` sequences from `first_index` on.
@@ -143,16 +171,16 @@ class Mixture:
 
     def describe(self) -> dict[str, Any]:
         """Return the record of this data: JSON, with a hash of all and of each source."""
-        total = sum(self._shares)
+        total = sum(self._turns.shares)
         sources = [
             {"name": source.name, "share": share / total, **source.describe()}
-            for source, share in zip(self._sources, self._shares, strict=True)
+            for source, share in zip(self._sources, self._turns.shares, strict=True)
         ]
         return {
             "sequence_length": self.sequence_length,
             "has_task_data": self.has_task_data,
             "sha256": fingerprint_of(
-                sources=sources, order=self._order, sequence_length=self.sequence_length
+                sources=sources, order=self._turns.order, sequence_length=self.sequence_length
             ),
             "sources": sources,
         }
@@ -208,7 +236,8 @@ def build_mixture(
             sources.append((builder.build(source), source.weight))
         except DataError as error:
             raise DataError(f"data.{i} ({name}): {error}") from error
-    return Mixture(sources, recipe.sequence_length, recipe.seed)
+    carried = [s.weight if s.carried_weight is None else s.carried_weight for s in recipe.data]
+    return Mixture(sources, recipe.sequence_length, recipe.seed, carried)
 
 
 def _unique_names(data: Sequence[DataSource]) -> list[str]:

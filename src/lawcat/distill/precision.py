@@ -13,8 +13,8 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
     """Return the dtype of the frozen weights; what trains is float32 in any case.
 
     Args:
-        precision: ``"auto"`` takes bfloat16 where the device computes it natively: a GPU that supports it, or a CPU
-            on which a matrix product in bfloat16 is at least 1.5 times as fast as in float32.
+        precision: ``"auto"`` takes bfloat16 where the device computes it natively: a GPU that supports it, or
+            a CPU on which a matrix product in bfloat16 is at least 1.5 times as fast as in float32.
         device: Where training runs.
     """
     if precision != "auto":

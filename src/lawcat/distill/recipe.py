@@ -374,6 +374,8 @@ class DataSource(_Settings):
         provider: `"text"` (files), `"hub"` (a data set streamed by name), `"passkey"` and `"needle"` (task
             data made on the fly), `"teacher"` (text that the teacher writes itself).
         weight: Share of the sequences, relative to the other sources' weights; above 0.
+        carried_weight: The same among the long sequences of `recovery.carried_segments`; 0 for none, `None`
+            for the same as `weight`.
         name: Name in logs and records; `None` means the provider's.
         path: Provider text, required: a file or glob, or a list of them, of `.txt`, `.md` and `.jsonl`, plain
             or with `.gz` or `.xz` after it. Provider needle: the prose to hide needles in, likewise; `None`
@@ -399,6 +401,7 @@ class DataSource(_Settings):
 
     provider: Provider
     weight: float = 1.0
+    carried_weight: float | None = None
     name: str | None = None
     path: str | tuple[str, ...] | None = None
     text_field: str = "text"
@@ -433,13 +436,14 @@ class DataSource(_Settings):
         return self.provider in ("passkey", "needle")
 
     def _without_effect(self) -> dict[str, str]:
-        own = ("provider", "weight", "name", *self._OPTIONS[self.provider])
+        own = ("provider", "weight", "carried_weight", "name", *self._OPTIONS[self.provider])
         others = [field.name for field in dataclasses.fields(self) if field.name not in own]
         users = {name: [p for p, options in self._OPTIONS.items() if name in options] for name in others}
         return {name: f"is for provider {' or '.join(users[name])}, not {self.provider}" for name in others}
 
     def _check(self) -> None:
         _positive(self, "weight", "min_sample_tokens", "num_tokens", "temperature", "top_p")
+        _not_negative(self, "carried_weight")
         if self.top_p > 1:
             raise _fail("top_p", self.top_p, "it must be at most 1.")
         if self.provider == "text" and not self.paths:
@@ -535,11 +539,11 @@ class RecoverySettings(_OptimizerSettings):
         kl_temperature: Temperature of both logits in it.
         answer_weight: See above; above 0.
         context_weight: See above; 0 or more.
-        carried_segments: In some steps a sequence is this many segments longer at most; what comes before its last
-            `sequence_length` tokens is read without gradient and only its state is carried over. Gates so learn to
-            hold what is far back, at the cost of reading alone. 0 for none.
-        carried_share: Share of steps that do so. They train on next tokens only, of task samples only the answer:
-            the teacher has not seen what came before.
+        carried_segments: In some steps a sequence is this many segments longer at most; what comes before its
+            last `sequence_length` tokens is read without gradient and only its state is carried over. Gates
+            so learn to hold what is far back, at the cost of reading alone. 0 for none.
+        carried_share: Share of steps that do so. They train on next tokens only, of task samples only the
+            answer: the teacher has not seen what came before.
         carried_sequences: Sequences in such a step, over all processes; `None` means `batch_sequences`.
 
     Example:
@@ -583,7 +587,11 @@ class RecoverySettings(_OptimizerSettings):
         if self.carried_share > 1:
             raise _fail("carried_share", self.carried_share, "it must be at most 1.")
         if self.carried_segments and self.cross_entropy_weight == 0:
-            raise _fail("carried_segments", self.carried_segments, "such steps train on cross_entropy_weight, which is 0.")
+            raise _fail(
+                "carried_segments",
+                self.carried_segments,
+                "such steps train on cross_entropy_weight, which is 0.",
+            )
         if not self.lora_targets:
             raise _fail("lora_targets", [], "name at least one linear layer, such as q_proj.")
         if self.steps and self.cross_entropy_weight == 0 and self.kl_weight == 0:
@@ -698,6 +706,10 @@ class Recipe(_Settings):
             raise _fail("sequence_length", self.sequence_length, "it must be at least 16 tokens.")
         if not self.data:
             raise _fail("data", [], "name at least one source, such as {provider: teacher}.")
+        if self.recovery.carried_segments and all(source.carried_weight == 0 for source in self.data):
+            raise _fail(
+                "recovery.carried_segments", self.recovery.carried_segments, "every carried_weight is 0."
+            )
         for i, source in enumerate(self.data):
             if source.is_task and source.min_sample_tokens > self.sequence_length:
                 raise _fail(

@@ -1,7 +1,7 @@
 """Stage 2, recovery: the student end to end on next tokens and on the teacher's logits.
 
-With LoRA the teacher is the same model with its factors switched off and softmax attention switched on, so a second
-copy of the weights is needed only where all weights train.
+With LoRA the teacher is the same model with its factors switched off and softmax attention switched on, so a
+second copy of the weights is needed only where all weights train.
 
 Source: LAWCAT (arXiv 2509.18467), section on distillation; the KL term is ours.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from typing import Any
 
 import torch
@@ -76,7 +77,8 @@ class RecoveryModel:
     def losses(
         self, input_ids: Tensor, loss_weight: Tensor, *, total_weight: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return loss, cross-entropy and KL, each the weighted sum over these tokens divided by ``total_weight``.
+        """Return loss, cross-entropy and KL, each the weighted sum over these tokens divided by
+        ``total_weight``.
 
         Args:
             input_ids: Tokens [B, T].
@@ -99,7 +101,6 @@ class RecoveryModel:
         )
         loss, cross_entropy, kl = (value / total_weight for value in sums)
         return loss, cross_entropy, kl
-
 
     def carried_losses(
         self, input_ids: Tensor, loss_weight: Tensor, num_trained_tokens: int, *, total_weight: float
@@ -132,11 +133,13 @@ def _with_lora(student: LawcatForCausalLM, settings: RecoverySettings) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise MissingDependencyError("peft", "distill", "stage 2 with train: lora") from error
-    linear = {name.rpartition(".")[2] for name, m in student.named_modules() if isinstance(m, torch.nn.Linear)}
+    # Of the decoder: the losses read the head's matrix itself, past factors that it might have.
+    modules = student.model.named_modules()
+    linear = {name.rpartition(".")[2] for name, module in modules if isinstance(module, torch.nn.Linear)}
     unknown = [target for target in settings.lora_targets if target not in linear]
     if unknown:
         raise ConfigurationError(
-            f"recovery.lora_targets: {unknown[0]!r} is not a linear layer of the student; it has "
+            f"recovery.lora_targets: {unknown[0]!r} is not a linear layer of the student's decoder; it has "
             f"{', '.join(sorted(linear))}."
         )
     config = LoraConfig(
@@ -145,7 +148,9 @@ def _with_lora(student: LawcatForCausalLM, settings: RecoverySettings) -> Any:
         target_modules=list(settings.lora_targets),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(student, config)
+    with warnings.catch_warnings():  # peft still asks transformers for a name that is on its way out
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        return get_peft_model(student, config)
 
 
 def plain_name(name: str) -> str:

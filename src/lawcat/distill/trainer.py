@@ -1,8 +1,10 @@
-"""The loop that both stages share: data, gradients over processes, clipping, checkpoints, interruption, the log."""
+"""The loop that both stages share: data, gradients over processes, clipping, checkpoints, interruption, the
+log."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import resource
 import signal
@@ -33,18 +35,23 @@ from lawcat.model.modeling_lawcat import LawcatForCausalLM
 # Gate statistics read every channel of every token: taken now and then, not at each step.
 _GATE_STATISTICS_EVERY = 10
 
+
 class Stage(Protocol):
     """One of the two stages: what trains, and one step's gradients."""
 
     number: int
     title: str
-    settings: AttentionTransferSettings | RecoverySettings
+    student: LawcatForCausalLM
+
+    @property
+    def settings(self) -> AttentionTransferSettings | RecoverySettings:
+        """The stage's part of the recipe."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer's groups, each with ``params``, a ``name`` and its ``peak`` learning rate."""
 
     def backward(self, batch: Any, workers: Workers) -> dict[str, Tensor]:
-        """Add this process's gradients, whose sum over processes is the step's; return losses to be summed."""
+        """Add this process's gradients and return its losses; both are summed over the processes."""
 
 
 class AttentionTransferStage:
@@ -92,13 +99,13 @@ class RecoveryStage:
             loss = self._recovery.carried_losses(
                 batch.input_ids, batch.loss_weight, self._sequence_length, total_weight=total_weight
             )
-            loss.backward()
+            torch.autograd.backward(loss)
             return {"loss": loss.detach()}
         total_weight = workers.sum(batch.loss_weight[:, 1:].sum()).item()
         loss, cross_entropy, kl = self._recovery.losses(
             batch.input_ids, batch.loss_weight, total_weight=total_weight
         )
-        loss.backward()
+        torch.autograd.backward(loss)
         return {"loss": loss.detach(), "cross_entropy": cross_entropy, "kl": kl}
 
 
@@ -127,7 +134,8 @@ class Workers:
                 parameter.grad = torch.zeros_like(parameter)
         flat = torch.cat([p.grad.flatten().float() for p in parameters if p.grad is not None])
         flat = self.sum(flat)
-        for parameter, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        pieces = torch.split(flat, [p.numel() for p in parameters])
+        for parameter, piece in zip(parameters, pieces, strict=True):
             parameter.grad = piece.view_as(parameter).to(parameter.dtype)
 
     def any(self, flag: bool) -> bool:
@@ -139,33 +147,48 @@ class Workers:
         self._accelerator.wait_for_everyone()
 
 
-@dataclass
 class Interruption:
-    """Ctrl-C or SIGTERM: the step in hand is finished and saved, then the run stops."""
+    """Ctrl-C or SIGTERM: a training step in hand is finished and saved first; all else stops at once.
 
-    requested: bool = False
-    _previous: dict[int, Any] = field(default_factory=dict)
+    Attributes:
+        requested: Whether one of the two came during training.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._is_training = False
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[Interruption]:
-        """Within this context the two signals set ``requested``; a second Ctrl-C stops at once."""
+        """Within this context the two signals raise KeyboardInterrupt, or wait as ``after_step`` has it."""
 
         def handle(number: int, frame: FrameType | None) -> None:
-            if self.requested and number == signal.SIGINT:
+            if not self._is_training or (self.requested and number == signal.SIGINT):
                 raise KeyboardInterrupt
             self.requested = True
-            print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
+            # Not print(), which may not be entered again when it was interrupted itself.
+            os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once\n")
 
-        try:
+        previous: dict[int, Any] = {}
+        with contextlib.suppress(ValueError):  # not the main thread: whoever runs us there has the signals
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, handle)
-        except ValueError:  # not the main thread: whoever runs us there has the signals
-            self._previous.clear()
+                previous[int(number)] = signal.signal(number, handle)
         try:
             yield self
         finally:
-            for number, previous in self._previous.items():
-                signal.signal(number, previous)
+            for signal_number, handler in previous.items():
+                signal.signal(signal_number, handler)
+
+    @contextlib.contextmanager
+    def after_step(self) -> Iterator[None]:
+        """Within this context a signal sets ``requested``, and only a second Ctrl-C stops at once."""
+        self._is_training = True
+        try:
+            yield
+        finally:
+            self._is_training = False
+        if self.requested:
+            raise KeyboardInterrupt
 
 
 @dataclass
@@ -210,7 +233,7 @@ def train_stage(stage: Stage, context: StageContext, resume_from: TrainingState 
             raise ConfigurationError(
                 f"{name}={count} cannot be shared by {workers.count} processes; make it a multiple."
             )
-    student: LawcatForCausalLM = stage.student  # type: ignore[attr-defined]
+    student = stage.student
     groups = stage.parameter_groups()
     parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = torch.optim.AdamW(
@@ -239,7 +262,7 @@ def train_stage(stage: Stage, context: StageContext, resume_from: TrainingState 
                 parameters={name: p.detach() for name, p in trainable(student).items()},
                 optimizer=optimizer.state_dict(),
                 rng=capture_rng(),
-                data_index=context.first_sequence + step * settings.batch_sequences,
+                data_index=_first_sequence(context, settings, step),
                 losses=losses[-10:],
                 extra=context.extra,
             )
@@ -248,47 +271,49 @@ def train_stage(stage: Stage, context: StageContext, resume_from: TrainingState 
 
     requests = [_request(context, settings, step) for step in range(start, settings.steps)]
     started = time.perf_counter()
-    for step, batch in enumerate(context.mixture.batches(requests), start):
-        batch = batch.to(workers.device)
-        factor = learning_rate_factor(step, settings)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
+    with context.interruption.after_step():
+        for step, batch in enumerate(context.mixture.batches(requests), start):
+            batch = batch.to(workers.device)
+            factor = learning_rate_factor(step, settings)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
 
-        watches_gates = step % _GATE_STATISTICS_EVERY == 0 or step == settings.steps - 1
-        gates = GateStatistics()
-        with gates.watching(student) if watches_gates else contextlib.nullcontext():
-            measured = stage.backward(batch, workers)
-        measured = {name: workers.sum(value.float()) for name, value in measured.items()}
-        workers.sum_gradients(parameters)
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-        _check_finite(stage, step, measured, grad_norm, student, batch.input_ids)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            watches_gates = step % _GATE_STATISTICS_EVERY == 0 or step == settings.steps - 1
+            gates = GateStatistics()
+            with gates.watching(student) if watches_gates else contextlib.nullcontext():
+                measured = stage.backward(batch, workers)
+            measured = {name: workers.sum(value.float()) for name, value in measured.items()}
+            workers.sum_gradients(parameters)
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+            _check_finite(stage, step, measured, grad_norm, student, batch.input_ids)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
-        loss = measured["loss"].item()
-        losses.append(loss)
-        now = time.perf_counter()
-        seconds, started = now - started, now
-        row: dict[str, Any] = {
-            **{name: value.tolist() for name, value in measured.items()},
-            "grad_norm": float(grad_norm),
-            "learning_rate": settings.learning_rate * factor,
-            "tokens": batch.input_ids.numel() * workers.count,
-            "tokens_per_s": batch.input_ids.numel() * workers.count / seconds,
-            "seconds": seconds,
-            "peak_memory_bytes": peak_memory_bytes(workers.device),
-            **gates.summary(),
-        }
-        if context.log is not None:
-            context.log.write(stage.number, step + 1, row)
-        if context.progress is not None:
-            shown = {"loss": loss, "tokens/s": row["tokens_per_s"]}
-            context.progress(f"stage {stage.number}: {stage.title}", step + 1, settings.steps, shown)
-        stopping = workers.any(context.interruption.requested)
-        if stopping or (step + 1) % context.recipe.checkpoint.every_steps == 0 or step + 1 == settings.steps:
-            save(step + 1)
-        if stopping:
-            raise KeyboardInterrupt
+            loss = measured["loss"].item()
+            losses.append(loss)
+            now = time.perf_counter()
+            seconds, started = now - started, now
+            row: dict[str, Any] = {
+                **{name: value.tolist() for name, value in measured.items()},
+                "grad_norm": float(grad_norm),
+                "learning_rate": settings.learning_rate * factor,
+                "tokens": batch.input_ids.numel() * workers.count,
+                "tokens_per_s": batch.input_ids.numel() * workers.count / seconds,
+                "seconds": seconds,
+                "peak_memory_bytes": peak_memory_bytes(workers.device),
+                **gates.summary(),
+            }
+            if context.log is not None:
+                context.log.write(stage.number, step + 1, row)
+            if context.progress is not None:
+                shown = {"loss": loss, "tokens/s": row["tokens_per_s"]}
+                context.progress(f"stage {stage.number}: {stage.title}", step + 1, settings.steps, shown)
+            stopping = workers.any(context.interruption.requested)
+            is_due = (step + 1) % context.recipe.checkpoint.every_steps == 0
+            if is_due or stopping or step + 1 == settings.steps:
+                save(step + 1)
+            if stopping:
+                raise KeyboardInterrupt
 
 
 def _request(
@@ -304,8 +329,16 @@ def _request(
             doublings = {min(2**power - 1, longest) for power in range(1, longest.bit_length() + 1)}
             num_segments = 1 + rng.choice(sorted(doublings))
     share = count // context.workers.count
-    first = context.first_sequence + step * settings.batch_sequences + context.workers.index * share
+    first = _first_sequence(context, settings, step) + context.workers.index * share
     return first, share, num_segments
+
+
+def _first_sequence(
+    context: StageContext, settings: AttentionTransferSettings | RecoverySettings, step: int
+) -> int:
+    """Return the number of a step's first sequence; no two steps share one, be it a long or a short."""
+    carried = getattr(settings, "carried_sequences", None) or 0
+    return context.first_sequence + step * max(settings.batch_sequences, carried)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -328,10 +361,13 @@ def _check_finite(
     if torch.isfinite(grad_norm) and all(bool(torch.isfinite(v).all()) for v in measured.values()):
         return
     where = _first_layer_not_finite(measured, student, input_ids)
+    what = f"loss is not finite, first in {where}"
+    if where is None:
+        what = f"gradient is not finite{_where_gradient(student)}"
     raise TrainingError(
-        f"stage {stage.number}, step {step + 1}: the {'loss' if where else 'gradient'} is not finite"
-        f"{f', first in {where}' if where else _gradient_not_finite(student)}. The last checkpoint is good; resume with a "
-        "lower learning rate or a smaller max_grad_norm."
+        f"stage {stage.number}, step {step + 1}: the {what}. Checkpoints from before that are kept. The same "
+        "recipe would come to the same end: begin anew in another output directory with a lower learning "
+        "rate or a smaller max_grad_norm, or with precision: float32."
     )
 
 
@@ -339,8 +375,9 @@ def _first_layer_not_finite(
     measured: dict[str, Tensor], student: LawcatForCausalLM, input_ids: Tensor
 ) -> str | None:
     if "layer_losses" in measured:
-        linear = [i for i, layer in enumerate(student.model.layers) if layer.self_attn.is_linear]
-        bad = [i for i, loss in zip(linear, measured["layer_losses"], strict=True) if not torch.isfinite(loss)]
+        linear = [i for i, attention in enumerate(student.attention_modules()) if attention.is_linear]
+        finite = torch.isfinite(measured["layer_losses"]).tolist()
+        bad = [i for i, is_finite in zip(linear, finite, strict=True) if not is_finite]
         return f"layer {bad[0]}" if bad else None
     if torch.isfinite(measured["loss"]):
         return None
@@ -363,7 +400,7 @@ def _first_layer_not_finite(
     return f"layer {found[0]}" if found else "the output head"
 
 
-def _gradient_not_finite(student: LawcatForCausalLM) -> str:
+def _where_gradient(student: LawcatForCausalLM) -> str:
     for name, parameter in student.named_parameters():
         if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
             return f" in {name}"
