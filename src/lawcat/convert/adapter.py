@@ -133,9 +133,8 @@ class Adapter:
         given = {name for name in self.tensors if not name.endswith((_LORA_A, _LORA_B))}
         if expected != given:
             name = sorted(expected ^ given)[0]
-            raise CheckpointError(
-                f"the adapter does not fit the student: {name} is {'missing' if name in expected else 'unknown'}."
-            )
+            what = "missing" if name in expected else "unknown"
+            raise CheckpointError(f"the adapter does not fit the student: {name} is {what}.")
         for name in given:
             _check_shape(name, self.tensors[name].shape, parameters[name])
         modules = {name.removesuffix(_LORA_A).removesuffix(_LORA_B) for name in self.tensors.keys() - given}
