@@ -60,7 +60,9 @@ def assess(
     return table
 
 
-def _measure(loaded: Any, name: str, folder: Path, recipe: Recipe, progress: Progress | None) -> dict[str, Any]:
+def _measure(
+    loaded: Any, name: str, folder: Path, recipe: Recipe, progress: Progress | None
+) -> dict[str, Any]:
     settings = recipe.evaluation
     folder.mkdir(parents=True, exist_ok=True)
     return measure(
