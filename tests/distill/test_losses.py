@@ -1,0 +1,167 @@
+"""The losses against plain computations: values and every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from comparison import assert_near
+from lawcat.distill import losses
+from lawcat.distill.losses import language_loss, relative_squared_error
+
+B, T, WIDTH, VOCABULARY = 2, 7, 12, 19
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "_TOKENS_AT_A_TIME", 3)
+
+
+def inputs() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.rand(B, T, generator=generator)
+    weights[0, 2] = weights[1, 4] = weights[1, 5] = 0.0
+    return {
+        "hidden": torch.randn(B, T, WIDTH, generator=generator, requires_grad=True),
+        "head": torch.randn(VOCABULARY, WIDTH, generator=generator, requires_grad=True),
+        "targets": torch.randint(0, VOCABULARY, (B, T), generator=generator),
+        "weights": weights,
+        "teacher_hidden": torch.randn(B, T, WIDTH, generator=generator),
+        "teacher_head": torch.randn(VOCABULARY, WIDTH, generator=generator),
+    }
+
+
+def plainly(given: dict[str, Tensor], ce_weight: float, kl_weight: float, temperature: float) -> list[Tensor]:
+    """The definition: all logits at once, one token after another, in float64."""
+    given = {name: t.double() if t.is_floating_point() else t for name, t in given.items()}
+    cross_entropy = kl = torch.zeros((), dtype=torch.float64)
+    for b in range(B):
+        for t in range(T):
+            logits = given["head"] @ given["hidden"][b, t]
+            probability = logits.softmax(-1)[given["targets"][b, t]]
+            cross_entropy = cross_entropy - given["weights"][b, t] * probability.log()
+            teacher = (given["teacher_head"] @ given["teacher_hidden"][b, t] / temperature).softmax(-1)
+            student = (logits / temperature).softmax(-1)
+            divergence = (teacher * (teacher / student).log()).sum()
+            kl = kl + given["weights"][b, t] * divergence * temperature**2
+    return [ce_weight * cross_entropy + kl_weight * kl, cross_entropy, kl]
+
+
+@pytest.mark.parametrize(
+    ("ce_weight", "kl_weight", "temperature"),
+    [(1.0, 0.0, 1.0), (1.0, 1.0, 1.0), (0.3, 2.0, 2.5), (0.0, 1.0, 0.5)],
+)
+@pytest.mark.parametrize("trains_head", [True, False])
+def test_values_and_gradients(
+    small_pieces: None, ce_weight: float, kl_weight: float, temperature: float, trains_head: bool
+) -> None:
+    mine, theirs = inputs(), inputs()
+    mine["head"].requires_grad_(trains_head)
+    found = language_loss(
+        **mine, cross_entropy_weight=ce_weight, kl_weight=kl_weight, temperature=temperature
+    )
+    expected = plainly(theirs, ce_weight, kl_weight, temperature)
+    if not kl_weight:
+        expected[2] = torch.zeros(())
+    for value, wanted, name in zip(found, expected, ("loss", "cross-entropy", "KL"), strict=True):
+        assert value.dtype == torch.float32
+        assert_near(value, wanted, 1e-5, name, least_scale=1e-3)
+    assert not found[1].requires_grad
+    assert not found[2].requires_grad
+    torch.autograd.backward(0.7 * found[0])
+    torch.autograd.backward(0.7 * expected[0])
+    for name in ("hidden", "head"):
+        if name == "head" and not trains_head:
+            assert mine[name].grad is None
+            continue
+        assert mine[name].grad is not None
+        assert theirs[name].grad is not None
+        assert_near(mine[name].grad, theirs[name].grad, 1e-5, f"gradient of {name}")
+    assert mine["hidden"].grad is not None
+    assert not mine["hidden"].grad[mine["weights"] == 0].any()
+
+
+def test_tokens_of_weight_zero_are_not_looked_at(small_pieces: None) -> None:
+    given = inputs()
+    expected = [value.detach() for value in language_loss(**given, kl_weight=1.0)]
+    ignored = given["weights"] == 0
+    with torch.no_grad():
+        given["hidden"][ignored] = torch.nan
+        given["teacher_hidden"][ignored] = torch.inf
+    given["targets"][ignored] = -1
+    for value, wanted in zip(language_loss(**given, kl_weight=1.0), expected, strict=True):
+        assert torch.equal(value, wanted)
+    loss, *sums = language_loss(**(given | {"weights": torch.zeros(B, T)}), kl_weight=1.0)
+    assert [loss.item(), *(value.item() for value in sums)] == [0.0, 0.0, 0.0]
+    torch.autograd.backward(loss)
+    assert given["hidden"].grad is not None
+    assert not given["hidden"].grad.any()
+
+
+def test_the_size_of_pieces_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = language_loss(**inputs(), kl_weight=1.0)
+    for size in (1, 10, 11, 12):  # eleven tokens have weight
+        monkeypatch.setattr(losses, "_TOKENS_AT_A_TIME", size)
+        for value, wanted in zip(language_loss(**inputs(), kl_weight=1.0), whole, strict=True):
+            assert_near(value, wanted, 1e-6)
+
+
+def test_a_head_shared_with_the_embedding() -> None:
+    """Tied weights get the gradient of both their uses."""
+    given = inputs()
+    head, ids = given["head"], given["targets"]
+    loss, *_ = language_loss(F.embedding(ids, head), head, ids, given["weights"])
+    torch.autograd.backward(loss)
+    found, head.grad = head.grad, None
+    logits = F.linear(F.embedding(ids, head), head)
+    plain = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none")
+    torch.autograd.backward((plain * given["weights"].flatten()).sum())
+    assert found is not None
+    assert head.grad is not None
+    assert_near(found, head.grad, 1e-5)
+
+
+def test_the_teachers_head_is_the_students_where_none_is_given() -> None:
+    given = inputs()
+    own = given | {"teacher_head": given["head"].detach()}
+    del given["teacher_head"]
+    for value, wanted in zip(
+        language_loss(**given, kl_weight=1.0), language_loss(**own, kl_weight=1.0), strict=True
+    ):
+        assert torch.equal(value, wanted)
+
+
+def test_bfloat16_is_summed_in_float32() -> None:
+    given = {n: t.detach().bfloat16() if t.is_floating_point() else t for n, t in inputs().items()}
+    given["hidden"].requires_grad_()
+    loss, *_ = language_loss(**given, kl_weight=1.0)
+    assert loss.dtype == torch.float32
+    assert_near(loss, plainly(inputs(), 1.0, 1.0, 1.0)[0], 0.03)
+    torch.autograd.backward(loss)
+    assert given["hidden"].grad is not None
+    assert given["hidden"].grad.dtype == torch.bfloat16
+
+
+def test_relative_squared_error() -> None:
+    output, target = torch.randn(2, 3, 5, 2, 4)
+    found = relative_squared_error(output, target)
+    for b in range(3):
+        expected = ((output[b] - target[b]) ** 2).sum() / (target[b] ** 2).sum()
+        assert_near(found[b], expected, 1e-6)
+    assert_near(relative_squared_error(torch.zeros_like(target), target), torch.ones(3), 1e-6)
+    assert not relative_squared_error(target, target).any()
+    assert relative_squared_error(output.bfloat16(), target.bfloat16()).dtype == torch.float32
+
+
+@given(st.integers(1, 7), st.integers(0, 3))
+def test_the_mean_over_a_batch_does_not_depend_on_its_split(cut: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    output = torch.randn(8, 5, 2, 4, generator=generator)
+    target = torch.randn(8, 5, 2, 4, generator=generator) * torch.arange(1.0, 9)[:, None, None, None]
+    whole = relative_squared_error(output, target)
+    parts = [relative_squared_error(output[s], target[s]) for s in (slice(cut), slice(cut, None))]
+    assert torch.equal(whole, torch.cat(parts))
