@@ -221,7 +221,10 @@ def _train(run: _Run, student: LawcatForCausalLM, state: TrainingState | None) -
         progress=run.progress,
         extra=extra,
     )
-    autocast = torch.autocast(workers.device.type, dtype=dtype, enabled=trains_all and dtype != torch.float32)
+    # Without its cache: that keeps casts of weights while the context lasts, which is all of training, and those
+    # made without gradient, by a step that carries a state over, too.
+    is_mixed = trains_all and dtype != torch.float32
+    autocast = torch.autocast(workers.device.type, dtype=dtype, enabled=is_mixed, cache_enabled=False)
     lora_scale = 0.0
     with autocast, log or contextlib.nullcontext():
         if state is None or state.stage == 1:

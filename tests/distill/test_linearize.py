@@ -1,0 +1,602 @@
+"""Whole runs: interrupted anywhere and resumed they equal the one that was not, and nothing is overwritten."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import socket
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lawcat.distill.linearize as linearize_module
+from comparison import assert_near
+from lawcat import load_model
+from lawcat.convert.initialize import convert, is_new_parameter
+from lawcat.convert.teacher import load_teacher
+from lawcat.distill.checkpoint import list_checkpoints
+from lawcat.distill.linearize import linearize
+from lawcat.distill.recipe import Recipe
+from lawcat.distill.training_log import read_log
+from lawcat.errors import (
+    CheckpointError,
+    ConfigurationError,
+    DataError,
+    LawcatError,
+    MissingDependencyError,
+    TeacherError,
+    TrainingError,
+)
+from tiny_runs import (
+    TinyRun,
+    assert_same_student,
+    files_unchanged,
+    on_one_processor,
+    tensors_of,
+    tiny_recipe,
+    without_measurements,
+)
+from tiny_teachers import random_ids, save_teacher
+
+LOG = "training_log.jsonl"
+
+
+@pytest.fixture(scope="module")
+def module_patch() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, module_patch: pytest.MonkeyPatch) -> TinyRun:
+    place = tmp_path_factory.mktemp("runs")
+    on_one_processor(module_patch, place / "cache")
+    tiny = TinyRun(place)
+    tiny("whole")
+    return tiny
+
+
+@pytest.fixture
+def whole(run: TinyRun) -> Path:
+    """The student of a run that nothing interrupted."""
+    return run.place / "whole"
+
+
+def at(stage: int, step: int, act: Callable[[], object]) -> Callable[..., None]:
+    """Return a progress function that acts after a step."""
+
+    def progress(title: str, done: int, total: int, shown: Any = None) -> None:
+        if title.startswith(f"stage {stage}:") and done == step:
+            act()
+
+    return progress
+
+
+def send(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+def training_folder(run: TinyRun, out: str) -> Path:
+    return run.place / f"{out}.training"
+
+
+def assert_finished(run: TinyRun, out: str, whole: Path) -> None:
+    """Fail unless a run's student and log are those of the uninterrupted one, and it left nothing else."""
+    assert_same_student(run.place / out, whole)
+    assert without_measurements(read_log(run.place / out / LOG)) == without_measurements(
+        read_log(whole / LOG)
+    )
+    assert not training_folder(run, out).exists()
+    assert not [path.name for path in run.place.iterdir() if path.name.startswith(f".{out}")]
+
+
+def test_what_a_run_leaves(run: TinyRun, whole: Path) -> None:
+    assert not training_folder(run, "whole").exists()
+    expected = {
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "generation_config.json",
+        "manifest.json",
+    }
+    expected |= {"recipe.yaml", "lawcat_run.json", LOG, "modeling_lawcat.py", "adapter"}
+    assert expected <= {path.name for path in whole.iterdir()}
+    assert Recipe.load(whole / "recipe.yaml") == tiny_recipe(run.text)
+    record = json.loads((whole / "lawcat_run.json").read_text())
+    assert record["recipe"] == tiny_recipe(run.text).fingerprint()
+    assert record["teacher"] == load_teacher(run.teacher).fingerprint
+    assert record["stages"]["1"]["steps"] == record["stages"]["2"]["steps"] == 6
+    assert len(record["stages"]["1"]["last_layer_losses"]) == 2
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["data"]["sources"][0]["name"] == "text"
+    assert not list(whole.rglob("*.bin")) + list(whole.rglob("*.pt"))
+
+
+def test_student_and_adapter_are_the_same_model(run: TinyRun, whole: Path) -> None:
+    ids = random_ids()
+    student, adapter = load_model(whole), load_model(whole / "adapter")
+    assert torch.equal(student.model(ids).logits, adapter.model(ids).logits)
+    teacher = load_teacher(run.teacher).model
+    assert not torch.allclose(student.model(ids).logits, teacher(ids).logits, atol=1e-2)
+    untrained, _ = convert(teacher)
+    moved = {
+        name
+        for name, parameter in untrained.named_parameters()
+        if not torch.equal(parameter, dict(student.model.named_parameters())[name])
+    }
+    attention = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
+    assert all(is_new_parameter(name) or name.endswith(attention) for name in moved)
+    assert {name for name, _ in untrained.named_parameters() if is_new_parameter(name)} <= moved
+
+
+def test_the_log_has_each_step_once_with_what_was_measured(whole: Path) -> None:
+    rows = read_log(whole / LOG)
+    assert [(row["stage"], row["step"]) for row in rows] == [(s, n) for s in (1, 2) for n in range(1, 7)]
+    for row in rows:
+        assert row["grad_norm"] > 0
+        assert row["tokens_per_s"] > 0
+        assert row["seconds"] > 0
+        assert row["peak_memory_bytes"] > 1_000_000
+        assert 0 < row["learning_rate"] <= 0.02
+        if row["stage"] == 1:
+            assert row["loss"] == pytest.approx(sum(row["layer_losses"]) / 2)
+            assert row["tokens"] == 32
+        elif "kl" in row:
+            assert row["loss"] == pytest.approx(row["cross_entropy"] + row["kl"], rel=1e-5)
+            assert row["tokens"] == 32
+        else:
+            assert row["tokens"] in (64, 96, 128)
+    assert {"kl" in row for row in rows if row["stage"] == 2} == {True, False}
+    measured = [row for row in rows if "gate_median_half_life_tokens" in row]
+    assert [(row["stage"], row["step"]) for row in measured] == [(1, 1), (1, 6), (2, 1), (2, 6)]
+    assert all(row["gate_median_half_life_tokens"] > 1 for row in measured)
+    assert all(0 <= row["gate_saturated_share"] <= 1 for row in measured)
+
+
+def test_a_second_call_finds_it_done(run: TinyRun, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linearize_module, "load_teacher", None)
+    with files_unchanged(run.place):
+        result = run("whole")
+    assert (result.path, result.is_reused) == (whole, True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("stage", "step"), [(1, 1), (1, 3), (1, 6), (2, 1), (2, 5), (2, 6)])
+def test_a_signal_saves_the_step_in_hand(
+    run: TinyRun, whole: Path, number: int, stage: int, step: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = f"signal-{number}-{stage}-{step}"
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(KeyboardInterrupt):
+        run(out, progress=at(stage, step, send(number)))
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert "stopping after this step" in capfd.readouterr().err
+    newest = list_checkpoints(training_folder(run, out) / "checkpoints")[0]
+    assert newest.name == f"stage{stage}-step-{step:08d}"
+    assert not (run.place / out).exists()
+    assert not run(out).is_reused
+    assert_finished(run, out, whole)
+
+
+def test_a_second_ctrl_c_stops_at_once(run: TinyRun, whole: Path) -> None:
+    def twice() -> None:
+        send(signal.SIGINT)()
+        send(signal.SIGINT)()
+
+    with pytest.raises(KeyboardInterrupt):
+        run("twice", progress=at(2, 3, twice))
+    newest = list_checkpoints(training_folder(run, "twice") / "checkpoints")[0]
+    assert newest.name == "stage2-step-00000002"
+    run("twice")
+    assert_finished(run, "twice", whole)
+
+
+def test_a_signal_outside_of_training_stops_at_once(
+    run: TinyRun, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = linearize_module.load_teacher
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        send(signal.SIGTERM)()
+        raise AssertionError("not stopped")
+
+    monkeypatch.setattr(linearize_module, "load_teacher", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("before")
+    monkeypatch.setattr(linearize_module, "load_teacher", load)
+    run("before")
+    assert_finished(run, "before", whole)
+
+
+KILLS = {
+    "stage 1": (1, 3),
+    "end of stage 1": (1, 6),
+    "beginning of stage 2": (2, 1),
+    "stage 2": (2, 5),
+    "end of stage 2": (2, 6),
+}
+
+
+@pytest.mark.parametrize("where", KILLS)
+def test_kill_9_during_training(run: TinyRun, whole: Path, where: str) -> None:
+    out = "killed in " + where
+    kill = at(*KILLS[where], send(signal.SIGKILL))
+    assert run.in_a_process(lambda: run(out, progress=kill)) == -signal.SIGKILL
+    assert not (run.place / out).exists()
+    run(out)
+    assert_finished(run, out, whole)
+
+
+@pytest.mark.parametrize("what", ["between the stages", "checkpointing", "saving", "before cleaning up"])
+def test_kill_9_elsewhere(run: TinyRun, whole: Path, what: str) -> None:
+    out = f"killed {what}"
+
+    def killed() -> None:
+        kill = send(signal.SIGKILL)
+        if what == "between the stages":
+            linearize_module.RecoveryModel = lambda *args: kill()  # type: ignore[assignment, misc]
+        elif what == "checkpointing":
+            count = iter(range(10))
+            save = torch.save
+            torch.save = lambda *args: kill() if next(count) == 4 else save(*args)
+        elif what == "saving":
+            shutil.copy = lambda *args: kill()  # type: ignore[assignment]
+        else:
+            linearize_module.remove_directory = lambda path: kill()  # type: ignore[assignment]
+        run(out)
+
+    assert run.in_a_process(killed) == -signal.SIGKILL
+    if what == "saving":
+        assert [path for path in run.place.iterdir() if path.name.startswith(f".{out}.tmp")]
+    assert run(out).is_reused == (what == "before cleaning up")
+    assert_finished(run, out, whole)
+
+
+def test_interrupted_again_and_again(run: TinyRun, whole: Path) -> None:
+    for stage in (1, 2):
+        for step in range(1, 7):
+            with pytest.raises(KeyboardInterrupt):
+                run("again", progress=at(stage, step, send(signal.SIGINT)))
+    run("again")
+    assert_finished(run, "again", whole)
+
+
+def test_a_damaged_checkpoint_is_passed_over(run: TinyRun, whole: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run("damaged", progress=at(2, 4, send(signal.SIGINT)))
+    newest, before = list_checkpoints(training_folder(run, "damaged") / "checkpoints")
+    file = newest / "parameters.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    messages: list[str] = []
+    with pytest.warns(UserWarning, match=f"skipping the damaged checkpoint {newest.name}"):
+        linearize(str(run.teacher), run.place / "damaged", tiny_recipe(run.text), message=messages.append)
+    assert "resuming from stage 2, step 2" in messages
+    assert before.name == "stage2-step-00000002"
+    assert_finished(run, "damaged", whole)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "no stage 1": {"attention_transfer__steps": 0},
+    "no stage 2": {"recovery__steps": 0},
+    "no stage": {"attention_transfer__steps": 0, "recovery__steps": 0},
+    "all weights": {"recovery__train": "all"},
+    "all weights, no KL": {"recovery__train": "all", "recovery__kl_weight": 0},
+    "bfloat16": {"precision": "bfloat16"},
+    "all weights, bfloat16": {"precision": "bfloat16", "recovery__train": "all"},
+    "hybrid": {"model__softmax_layers": (1,), "model__gate": "head"},
+    "nothing carried": {"recovery__carried_segments": 0},
+    "longer batches carried": {"recovery__carried_sequences": 3},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_other_recipes_resume_too(run: TinyRun, variant: str) -> None:
+    overrides = VARIANTS[variant]
+    run(f"{variant}, whole", **overrides)
+    expected = run.place / f"{variant}, whole"
+    out = f"{variant}, interrupted"
+    for stage in (1, 2):
+        settings = "attention_transfer__steps", "recovery__steps"
+        if settings[stage - 1] not in overrides:
+            with pytest.raises(KeyboardInterrupt):
+                run(out, progress=at(stage, 3, send(signal.SIGTERM)), **overrides)
+    run(out, **overrides)
+    assert_finished(run, out, expected)
+    assert (expected / "adapter").is_dir() == ("all weights" not in variant)
+    ids = random_ids()
+    student = load_model(expected)
+    if (expected / "adapter").is_dir():
+        assert torch.equal(load_model(expected / "adapter").model(ids).logits, student.model(ids).logits)
+    tensors = tensors_of(expected)
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    has_factors = any(".lora_" in name for name in tensors)
+    assert has_factors == (overrides.get("recovery__steps") != 0 and "all weights" not in variant)
+    if variant == "no stage":
+        untrained, _ = convert(load_teacher(run.teacher).model, seed=3)
+        assert torch.equal(untrained(ids).logits, student.model(ids).logits)
+        assert read_log(expected / LOG) == []
+    if variant == "all weights":
+        before = load_teacher(run.teacher).model.state_dict()
+        assert not torch.equal(before["model.norm.weight"], tensors["student model.norm.weight"])
+
+
+def test_bfloat16_trains_as_float32_does(run: TinyRun) -> None:
+    rows = {}
+    for precision in ("float32", "bfloat16"):
+        out = run(f"precision {precision}", recovery__train="all", precision=precision).path
+        rows[precision] = read_log(out / LOG)
+    for exact, rounded in zip(rows["float32"], rows["bfloat16"], strict=True):
+        assert rounded["loss"] == pytest.approx(exact["loss"], rel=0.02)
+        assert rounded["grad_norm"] == pytest.approx(exact["grad_norm"], rel=0.15)
+
+
+def test_a_place_that_is_taken(run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "record").mkdir()
+    (tmp_path / "record" / "lawcat_run.json").write_text("[1]")
+    (tmp_path / "taken.training").mkdir()
+    (tmp_path / "taken.training" / "thesis.txt").write_text("mine")
+    (tmp_path / "blocked.training").write_text("mine")
+    recipe = tiny_recipe(run.text)
+    monkeypatch.chdir(tmp_path)
+    with files_unchanged(tmp_path):
+        for name in ("folder", "file", "dangling", "record", "taken", ".", ".."):
+            with pytest.raises(ConfigurationError, match="nothing was overwritten"):
+                linearize(str(run.teacher), name, recipe)
+        with pytest.raises(LawcatError, match=r"cannot write .*blocked\.training"):
+            linearize(str(run.teacher), tmp_path / "blocked", recipe)
+        # Refused before the teacher is even looked for.
+        with pytest.raises(ConfigurationError, match="not a student made by lawcat"):
+            linearize("no/such-teacher", tmp_path / "folder", recipe)
+
+
+def test_a_run_with_another_recipe_or_teacher_or_data(run: TinyRun, tmp_path: Path, whole: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run("mine", progress=at(1, 3, send(signal.SIGINT)))
+    other = save_teacher(tmp_path / "other", seed=1)
+    for out, folder in (("mine", training_folder(run, "mine")), ("whole", whole)):
+        with files_unchanged(folder):
+            with pytest.raises(CheckpointError, match="another recipe; nothing was overwritten"):
+                run(out, seed=4)
+            with pytest.raises(CheckpointError, match="another teacher; nothing was overwritten"):
+                linearize(str(other), run.place / out, tiny_recipe(run.text))
+    text = run.text.read_bytes()
+    run.text.write_bytes(text + b" w3")
+    try:
+        with pytest.raises(CheckpointError, match="on other data: a file that the recipe names has changed"):
+            run("mine")
+    finally:
+        run.text.write_bytes(text)
+    run("mine")
+    assert_finished(run, "mine", whole)
+
+
+def test_a_teacher_found_elsewhere_is_the_same_teacher(run: TinyRun, tmp_path: Path, whole: Path) -> None:
+    moved = shutil.copytree(run.teacher, tmp_path / "moved")
+    assert linearize(str(moved), whole, tiny_recipe(run.text)).is_reused
+
+
+def test_a_loss_that_is_not_finite(run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = linearize_module.AttentionTransferStage.backward
+
+    def poisoned(self: Any, batch: Any, workers: Any) -> Any:
+        if len(calls) == 3:
+            with torch.no_grad():
+                self.student.model.layers[1].self_attn.q_conv.weight.fill_(torch.nan)
+        calls.append(1)
+        return losses(self, batch, workers)
+
+    calls: list[int] = []
+    monkeypatch.setattr(linearize_module.AttentionTransferStage, "backward", poisoned)
+    with pytest.raises(TrainingError, match="stage 1, step 4: the loss is not finite, first in layer 1"):
+        run("poisoned 1")
+    checkpoints = training_folder(run, "poisoned 1") / "checkpoints"
+    assert [path.name for path in list_checkpoints(checkpoints)] == ["stage1-step-00000002"]
+    assert len(read_log(training_folder(run, "poisoned 1") / LOG)) == 3
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("model.layers.1.self_attn.q_proj.lora_A.default", "the loss is not finite, first in layer 1"),
+        ("model.layers.0.mlp.up_proj", "the loss is not finite, first in layer 0"),
+        ("model.norm", "the loss is not finite, first in the output head"),
+        (None, "the gradient is not finite in model.layers.0.self_attn.q_conv.weight"),
+    ],
+)
+def test_a_loss_that_is_not_finite_in_stage_2(
+    run: TinyRun, whole: Path, module: str | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = f"poisoned in {module}"
+    backward = linearize_module.RecoveryStage.backward
+    calls: list[int] = []
+
+    def poisoned(self: Any, batch: Any, workers: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4 and module is not None:
+            with torch.no_grad():
+                self.student.get_submodule(module).weight.fill_(torch.nan)
+        measured = backward(self, batch, workers)
+        if len(calls) == 4 and module is None:
+            self.student.model.layers[0].self_attn.q_conv.weight.grad.fill_(torch.inf)
+        return measured
+
+    with monkeypatch.context() as patch:
+        patch.setattr(linearize_module.RecoveryStage, "backward", poisoned)
+        with pytest.raises(TrainingError, match=f"stage 2, step 4: {message}"):
+            run(out)
+    newest = list_checkpoints(training_folder(run, out) / "checkpoints")[0]
+    assert newest.name == "stage2-step-00000002"
+    assert not (run.place / out).exists()
+    run(out)  # what was in the checkpoint is good
+    assert_finished(run, out, whole)
+
+
+def test_a_full_disk_at_the_end(run: TinyRun, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copy", full)
+        with pytest.raises(
+            LawcatError, match=r"disk full: .*full could not be written.*nothing was overwritten"
+        ):
+            run("full")
+    assert not (run.place / "full").exists()
+    assert not [path for path in run.place.iterdir() if path.name.startswith(".full")]
+    steps: list[int] = []
+    run("full", progress=lambda title, *rest: steps.append(1) if title.startswith("stage") else None)
+    assert steps == [], "trained again"
+    assert_finished(run, "full", whole)
+
+
+def test_a_full_disk_at_a_checkpoint(run: TinyRun, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, calls = torch.save, []
+
+    def full(*args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(LawcatError, match="disk full"):
+            run("full checkpoint")
+    newest = list_checkpoints(training_folder(run, "full checkpoint") / "checkpoints")[0]
+    assert newest.name == "stage2-step-00000002"
+    run("full checkpoint")
+    assert_finished(run, "full checkpoint", whole)
+
+
+def test_bad_input_is_refused_before_anything_is_made(run: TinyRun, tmp_path: Path) -> None:
+    empty, binary = tmp_path / "empty.txt", tmp_path / "binary.txt"
+    empty.write_bytes(b"")
+    binary.write_bytes(b"\xff\xfe\xfd")
+    broken = shutil.copytree(run.teacher, tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    recipe, before = tiny_recipe(run.text), sorted(run.place.iterdir())
+    out = run.place / "bad"
+    for teacher, kind, message in [
+        ("./no-such-folder", TeacherError, "there is no file or folder"),
+        (str(broken), TeacherError, "model.safetensors"),
+    ]:
+        with pytest.raises(kind, match=message):
+            linearize(teacher, out, recipe)
+    for overrides, message in [
+        ({"recovry": {"steps": 1}}, r"recovry: unknown key\. Did you mean 'recovery'\?"),
+        ({"recovery": {"stps": 1}}, r"recovery\.stps: unknown key\. Did you mean 'steps'\?"),
+        ({"recovery.train": "all", "recovery.lora_rank": 4}, "contradicts"),
+        ({"model": {"softmax_layers": [0, 1]}}, "names all 2 layers, which leaves nothing to linearize"),
+        ({"model": {"softmax_layers": [5]}}, "softmax layer 5 does not exist"),
+    ]:
+        with pytest.raises(ConfigurationError, match=message):
+            linearize(str(run.teacher), out, recipe, **overrides)
+    with pytest.raises(ConfigurationError, match="There is no recipe"):
+        linearize(str(run.teacher), out, "quik")
+    assert sorted(run.place.iterdir()) == before
+    for path, message in [(empty, "is empty"), (binary, "not UTF-8"), (tmp_path / "gone.txt", "no file")]:
+        with pytest.raises(DataError, match=message):
+            linearize(str(run.teacher), tmp_path / f"out-{path.stem}", tiny_recipe(path))
+    with pytest.raises(ConfigurationError, match=r"recovery\.lora_targets: 'q_prj' is not a linear layer"):
+        run("bad targets", recovery__lora_targets=("q_prj",), attention_transfer__steps=0)
+
+
+def test_a_text_shorter_than_a_sequence(run: TinyRun, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("w3 w4 w5")
+    with pytest.raises(DataError, match="holds 4 tokens, fewer than one sequence of 16"):
+        linearize(str(run.teacher), tmp_path / "out", tiny_recipe(tmp_path / "short.txt"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_peft_is_asked_for_at_the_start(run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import metadata
+
+    version = metadata.version
+
+    def missing(name: str) -> str:
+        if name == "peft":
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'lawcat\[distill\]'"):
+        run("without peft")
+    assert not training_folder(run, "without peft").exists()
+
+
+def test_a_run_says_what_it_does_and_nothing_else(run: TinyRun, capfd: pytest.CaptureFixture[str]) -> None:
+    messages: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        linearize(str(run.teacher), run.place / "quiet", tiny_recipe(run.text), message=messages.append)
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
+    assert any("tensors copied" in message for message in messages)
+    assert messages[-1] == f"writing {run.place / 'quiet'}"
+
+
+def test_overrides_by_name_and_by_dotted_name(run: TinyRun) -> None:
+    recipe = tiny_recipe(run.text)
+    options: dict[str, Any] = {"attention_transfer": {"steps": 0}, "recovery.steps": 0, "seed": 9}
+    out = linearize(str(run.teacher), run.place / "overridden", recipe, **options).path
+    found = Recipe.load(out / "recipe.yaml")
+    assert (found.attention_transfer.steps, found.recovery.steps, found.seed) == (0, 0, 9)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+@pytest.mark.parametrize("train_what", ["lora", "all"])
+def test_two_processes_are_one_with_the_whole_batch(
+    run: TinyRun, train_what: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {"recovery__train": train_what, "recovery__carried_sequences": 4}
+    options |= {"attention_transfer__batch_sequences": 4, "recovery__batch_sequences": 4}
+    run(f"one {train_what}", **options)
+    capfd.readouterr()
+    run.in_two_processes(lambda rank: run(f"two {train_what}", **options), free_port())
+    assert "Error" not in capfd.readouterr().err
+    one, two = run.place / f"one {train_what}", run.place / f"two {train_what}"
+    mine, theirs = read_log(one / LOG), read_log(two / LOG)
+    assert len(mine) == len(theirs) == 12
+    assert {"kl" in row for row in mine if row["stage"] == 2} == {True, False}
+    for a, b in zip(mine, theirs, strict=True):
+        assert (a["stage"], a["step"], a["tokens"]) == (b["stage"], b["step"], b["tokens"])
+        for name in ("loss", "cross_entropy", "kl", "grad_norm"):
+            assert (name in a) == (name in b)
+            if name in a:
+                assert a[name] == pytest.approx(b[name], rel=1e-5), (name, a, b)
+        if a["stage"] == 1:
+            assert a["layer_losses"] == pytest.approx(b["layer_losses"], rel=1e-5)
+    assert mine[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=1e-6)
+    expected = tensors_of(one)
+    for name, tensor in tensors_of(two).items():
+        assert_near(tensor, expected[name], 1e-4, name, least_scale=0.1)
+    record = json.loads((two / "lawcat_run.json").read_text())
+    assert record["processes"] == 2
+
+
+def test_a_batch_that_two_processes_cannot_share(run: TinyRun) -> None:
+    def refused(rank: int) -> None:
+        with pytest.raises(ConfigurationError, match="batch_sequences=3 cannot be shared by 2 processes"):
+            run("three", attention_transfer__batch_sequences=3)
+        with pytest.raises(ConfigurationError, match="carried_sequences=5 cannot be shared"):
+            run("five", recovery__carried_sequences=5, attention_transfer__steps=0)
+
+    run.in_two_processes(refused, free_port())
