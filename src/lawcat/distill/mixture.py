@@ -139,7 +139,7 @@ class Mixture:
         indices = range(first_index, first_index + count)
         return Batch.stack([self.sequence(index, num_segments) for index in indices])
 
-    def batches(self, requests: Iterable[tuple[int, int, int]]) -> Iterator[Batch]:
+    def batches(self, requests: Iterable[tuple[int, int, int]], *, ahead: bool = True) -> Iterator[Batch]:
         """Yield `batch(*request)` for each request, made by a thread while the one before is in use.
 
         Task samples cost 10 ms each, most of it in the tokenizer, which lets other threads run meanwhile. The
@@ -147,6 +147,8 @@ class Mixture:
 
         Args:
             requests: First index, count and number of segments of each batch.
+            ahead: Use that thread. Not where the CPU itself trains: PyTorch's threads wait for each other at
+                every operation, and one of them losing its core to the tokenizer stalls them all.
 
         Yields:
             Batches, on the CPU.
@@ -154,6 +156,9 @@ class Mixture:
         Raises:
             DataError: as `sequence`.
         """
+        if not ahead:
+            yield from (self.batch(*request) for request in requests)
+            return
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="lawcat-data") as executor:
             pending = None
             for request in requests:

@@ -272,7 +272,8 @@ def train_stage(stage: Stage, context: StageContext, resume_from: TrainingState 
     requests = [_request(context, settings, step) for step in range(start, settings.steps)]
     started = time.perf_counter()
     with context.interruption.after_step():
-        for step, batch in enumerate(context.mixture.batches(requests), start):
+        batches = context.mixture.batches(requests, ahead=workers.device.type != "cpu")
+        for step, batch in enumerate(batches, start):
             batch = batch.to(workers.device)
             factor = learning_rate_factor(step, settings)
             for group in optimizer.param_groups:
