@@ -29,7 +29,7 @@ def student_of(softmax_layers: tuple[int, ...] = (), **fields: Any) -> LawcatFor
 
 
 def slowly(student: LawcatForCausalLM, ids: Tensor) -> list[Tensor]:
-    """The definition, from the teacher's own forward pass: what enters and leaves each attention is caught."""
+    """The definition, from the teacher's own forward pass: what enters and leaves attention is caught."""
     entering: list[Tensor] = []
     leaving: list[Tensor] = []
     hooks = []

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lawcat.distill.mixture import Mixture, build_mixture
+from lawcat.distill.mixture import Mixture, Turns, build_mixture
 from lawcat.distill.recipe import Recipe
 from lawcat.distill.sequence import PackedSequence
 from lawcat.distill.sources import WindowSource, seed_of, shuffled
@@ -295,11 +295,99 @@ def test_a_batch_shared_by_two_processes_is_the_same_batch(tmp_path: Path, prose
 
 def test_batches_made_ahead_are_the_same(tmp_path: Path, prose: Path) -> None:
     one, other = (mixture_of(tmp_path, *three_sources(prose)) for _ in range(2))
-    ahead = list(one.batches(range(2, 11, 3), 3))
-    assert len(ahead) == 3
-    for start, batch in zip(range(2, 11, 3), ahead, strict=True):
-        assert torch.equal(batch.input_ids, other.batch(start, 3).input_ids)
-    assert list(one.batches([], 3)) == []
+    requests = [(2, 3, 1), (5, 1, 4), (8, 3, 2), (8, 3, 1)]
+    ahead = list(one.batches(requests))
+    assert [tuple(batch.input_ids.shape) for batch in ahead] == [(3, 192), (1, 768), (3, 384), (3, 192)]
+    for request, batch in zip(requests, ahead, strict=True):
+        expected = other.batch(*request)
+        assert torch.equal(batch.input_ids, expected.input_ids)
+        assert torch.equal(batch.loss_weight, expected.loss_weight)
+        assert batch.sources == expected.sources
+    assert list(one.batches([])) == []
+
+
+def test_an_error_in_the_data_reaches_who_asked(tmp_path: Path) -> None:
+    mixture = mixture_of(tmp_path, {"provider": "passkey", "min_sample_tokens": 8}, sequence_length=32)
+    with pytest.raises(DataError, match="passkey question takes"):
+        list(mixture.batches([(0, 1, 1)]))
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=5).filter(any), st.integers(0, 5))
+def test_turns_of_weight_zero_never_come(weights: list[int], seed: int) -> None:
+    turns, total = Turns([weight / 4 for weight in weights], seed), sum(weights)
+    found = [turns.turn(i) for i in range(3 * total)]
+    assert Counter(number for number, _ in found) == {i: 3 * w for i, w in enumerate(weights) if w}
+    for number in range(len(weights)):
+        locals_ = [local for other, local in found if other == number]
+        assert locals_ == list(range(len(locals_)))
+    again = Turns([weight / 4 for weight in weights], seed)
+    assert again.turn(total - 1) == found[total - 1]
+
+
+def test_long_sequences_have_turns_of_their_own(tmp_path: Path, prose: Path) -> None:
+    data = [
+        {"provider": "text", "path": str(prose), "carried_weight": 0},
+        {"provider": "passkey", "weight": 1, "carried_weight": 3},
+        {"provider": "needle", "weight": 2, "min_sample_tokens": 120},
+    ]
+    mixture, plain = mixture_of(tmp_path, *data), mixture_of(tmp_path, *three_sources(prose))
+    short = Counter(mixture.sequence(i).source for i in range(8))
+    assert short == {"text": 2, "passkey": 2, "needle": 4}
+    long = Counter(mixture.sequence(i, 2).source for i in range(10))
+    assert long == {"passkey": 6, "needle": 4}
+    # Where nothing is said, long sequences come from the same sources as short ones.
+    assert [plain.sequence(i, 2).source for i in range(8)] == [plain.sequence(i).source for i in range(8)]
+
+
+@pytest.mark.parametrize("num_segments", [2, 3, 7])
+def test_long_windows_are_the_text_itself(num_segments: int) -> None:
+    flat = np.arange(26, dtype=np.uint16)
+    source = WindowSource("text", np.split(flat, [7, 7, 20]), 4, 3, {})
+    wanted = 4 * num_segments
+    starts = set()
+    for i in range(12):
+        sequence = source.long_sequence(i, num_segments)
+        ids = sequence.input_ids
+        assert (ids.shape, ids.dtype) == ((wanted,), np.int64)
+        assert sequence.loss_weight.tolist() == [0] + [1] * (wanted - 1)
+        starts.add(int(ids[0]))
+        if wanted <= len(flat):
+            assert ids.tolist() == list(range(ids[0], ids[0] + wanted))
+            # The window that this number has when it is short is in it.
+            assert set(source.sequence(i).input_ids.tolist()) <= set(ids.tolist())
+        else:
+            assert ids.tolist() == (list(range(26)) * 2)[:wanted]
+    assert starts == {max(min(4 * window, 26 - wanted), 0) for window in range(6)}
+
+
+@pytest.mark.parametrize("provider", ["passkey", "needle"])
+def test_long_task_samples_end_in_their_answer(
+    tmp_path: Path, tokenizer: Any, prose: Path, provider: str
+) -> None:
+    data = {"provider": provider, **({"path": str(prose)} if provider == "needle" else {})}
+    weights = {"recovery": {"answer_weight": 3, "context_weight": 0.5}}
+    mixture = mixture_of(tmp_path, data, sequence_length=200, **weights)
+    values = []
+    for i, num_segments in ((0, 2), (1, 2), (1, 4), (2, 8)):
+        sequence = mixture.sequence(i, num_segments)
+        length = 200 * num_segments
+        assert sequence.input_ids.shape == (length,)
+        border = int(np.argmax(sequence.is_answer))
+        assert length - border < 60
+        assert sequence.is_answer[border:].all()
+        assert sequence.loss_weight.tolist() == [0.0] * border + [3.0] * (length - border)
+        assert sequence.input_ids[-1] == tokenizer.eos_token_id
+        front = int(np.argmax(sequence.input_ids != tokenizer.eos_token_id))
+        assert front < 80, "a sample fills its sequence but for a sentence"
+        assert not (sequence.input_ids[front:-1] == tokenizer.eos_token_id).any()
+        value = tokenizer.decode(sequence.input_ids[border:]).removesuffix("<eos>").strip().removesuffix(".")
+        assert value in tokenizer.decode(sequence.input_ids[front:border])
+        assert not held_out(value)
+        values.append(value)
+    short = [tokenizer.decode(mixture.sequence(i).input_ids) for i in range(3)]
+    assert not any(value in text for value in values for text in short)
+    again = mixture_of(tmp_path, data, sequence_length=200, **weights)
+    assert same(mixture.sequence(1, 2), again.sequence(1, 2))
 
 
 def digest_of(mixture: Mixture) -> str:
@@ -451,6 +539,9 @@ def test_a_data_set_is_streamed_in_order_and_begins_again(tmp_path: Path, tokeni
     resumed = mixture_of(tmp_path, data, sequence_length=16)
     assert same(resumed.sequence(37), mixture.sequence(37))
     assert same(resumed.sequence(36), mixture.sequence(36))
+    long = mixture.sequence(5, 3)
+    assert long.input_ids.tolist() == stream[5 * 16 : 8 * 16]
+    assert (long.source, long.loss_weight.sum()) == ("hub", 3 * 16 - 1)
     resumed._sources[0]._recent.clear()  # type: ignore[attr-defined]
     assert same(resumed.sequence(2), mixture.sequence(2))
     record = mixture.describe()["sources"][0]

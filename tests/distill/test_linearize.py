@@ -1,4 +1,4 @@
-"""Whole runs: interrupted anywhere and resumed they equal the one that was not, and nothing is overwritten."""
+"""Whole runs: interrupted anywhere they come to the same end, and nothing is overwritten."""
 
 from __future__ import annotations
 
@@ -15,6 +15,15 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_runs import (
+    TinyRun,
+    assert_same_student,
+    files_unchanged,
+    on_one_processor,
+    tensors_of,
+    tiny_recipe,
+    without_measurements,
+)
 
 import lawcat.distill.linearize as linearize_module
 from comparison import assert_near
@@ -33,15 +42,6 @@ from lawcat.errors import (
     MissingDependencyError,
     TeacherError,
     TrainingError,
-)
-from tiny_runs import (
-    TinyRun,
-    assert_same_student,
-    files_unchanged,
-    on_one_processor,
-    tensors_of,
-    tiny_recipe,
-    without_measurements,
 )
 from tiny_teachers import random_ids, save_teacher
 

@@ -271,6 +271,49 @@ def test_zero_steps_skip_a_stage() -> None:
     assert recipe.recovery.steps == 0
 
 
+def carrying(data: list[dict[str, Any]] | None = None, **recovery: Any) -> Recipe:
+    sources = [{"provider": "passkey"}, {"provider": "teacher"}] if data is None else data
+    return Recipe.from_dict({"name": "x", "data": sources, "recovery": {"carried_segments": 3, **recovery}})
+
+
+def test_carried_segments() -> None:
+    assert Recipe(name="x").recovery.carried_segments == 0
+    recipe = carrying([{"provider": "passkey", "carried_weight": 0.5}, {"provider": "teacher"}])
+    assert [source.carried_weight for source in recipe.data] == [0.5, None]
+    assert recipe.recovery.carried_sequences is None
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    assert carrying(carried_share=1, carried_sequences=4).recovery.carried_sequences == 4
+    # Turned off, what belongs to it goes too.
+    off = carrying(carried_share=0.25, carried_sequences=4).with_overrides({"recovery.carried_segments": "0"})
+    assert off.recovery == RecoverySettings()
+    assert "carried_share" not in off.to_dict()["recovery"]
+
+
+@pytest.mark.parametrize(
+    ("recovery", "message"),
+    [
+        ({"carried_segments": -1}, r"^recovery\.carried_segments: got -1; it must be 0 or above"),
+        ({"carried_segments": 1.5}, r"^recovery\.carried_segments: got 1\.5; give a whole number"),
+        ({"carried_share": 0}, r"^recovery\.carried_share: got 0\.0; it must be above 0"),
+        ({"carried_share": 1.1}, r"^recovery\.carried_share: got 1\.1; it must be at most 1"),
+        ({"carried_sequences": 0}, r"^recovery\.carried_sequences: got 0; it must be above 0"),
+        ({"carried_segments": 0, "carried_share": 0.5}, r"^recovery\.carried_share: .*no effect with"),
+        ({"carried_segments": 0, "carried_sequences": 2}, r"^recovery\.carried_sequences: .*no effect"),
+        ({"cross_entropy_weight": 0}, r"^recovery\.carried_segments: got 3; such steps train on"),
+    ],
+)
+def test_carried_segments_that_cannot_be(recovery: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        carrying(**recovery)
+
+
+def test_carried_weights_that_cannot_be() -> None:
+    with pytest.raises(ConfigurationError, match=r"^data\.0\.carried_weight: got -1\.0; it must be"):
+        carrying([{"provider": "passkey", "carried_weight": -1}])
+    with pytest.raises(ConfigurationError, match=r"^recovery\.carried_segments: .*every carried_weight is 0"):
+        carrying([{"provider": "passkey", "carried_weight": 0}, {"provider": "teacher", "carried_weight": 0}])
+
+
 def test_load_from_a_file_and_by_name(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(Recipe.load("quick").to_yaml(), encoding="utf-8")
@@ -330,7 +373,7 @@ def test_overrides_of_whole_parts() -> None:
 
 
 def test_an_override_of_a_choice_drops_what_belonged_to_the_old_one() -> None:
-    recipe = Recipe.load("quick")
+    recipe = Recipe(name="x", data=({"provider": "passkey"}, {"provider": "teacher", "num_tokens": 500}))  # type: ignore[arg-type]
     assert "lora_rank" in recipe.to_dict()["recovery"]
     assert recipe.with_overrides({"recovery.train": "all"}).recovery.train == "all"
     changed = recipe.with_overrides({"data.1.provider": "text", "data.1.path": "a,b.txt"})

@@ -34,6 +34,7 @@ from lawcat.convert.save import save_student
 from lawcat.convert.teacher import Teacher, load_teacher, resolve_teacher
 from lawcat.distill.checkpoint import TrainingState, latest_checkpoint, load_checkpoint
 from lawcat.distill.mixture import Mixture, build_mixture
+from lawcat.distill.model_card import model_card
 from lawcat.distill.precision import resolve_precision
 from lawcat.distill.recipe import Recipe
 from lawcat.distill.recovery import RecoveryModel, plain_name
@@ -278,6 +279,7 @@ def _finish(run: _Run, directory: Path, trained: _Trained, fields: dict[str, Any
     def add_records(place: Path) -> None:
         write_atomic(place / RECIPE_NAME, recipe.to_yaml())
         write_atomic(place / RUN_NAME, json.dumps(record, indent=2) + "\n")
+        write_atomic(place / "README.md", model_card(record, recipe, name=directory.name))
         if (run.training / LOG_NAME).is_file():
             shutil.copy(run.training / LOG_NAME, place / LOG_NAME)
 

@@ -1,0 +1,190 @@
+"""The parts of the training loop: who reads what in a step, when it stops, and what gates are doing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lawcat.convert.initialize import convert
+from lawcat.distill.gate_statistics import GateStatistics
+from lawcat.distill.precision import resolve_precision
+from lawcat.distill.recipe import AttentionTransferSettings, RecoverySettings
+from lawcat.distill.schedule import learning_rate_factor
+from lawcat.distill.trainer import Interruption, Workers, _request, peak_memory_bytes
+from tiny_teachers import random_ids, tiny_teacher
+
+
+def requests_of(
+    settings: Any, *, index: int = 0, count: int = 1, seed: int = 0
+) -> list[tuple[int, int, int]]:
+    context: Any = SimpleNamespace(
+        recipe=SimpleNamespace(seed=seed),
+        workers=SimpleNamespace(index=index, count=count),
+        first_sequence=100,
+    )
+    return [_request(context, settings, step) for step in range(settings.steps)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        AttentionTransferSettings(steps=50, batch_sequences=4),
+        RecoverySettings(steps=50, batch_sequences=4),
+        RecoverySettings(steps=50, batch_sequences=4, carried_segments=5),
+        RecoverySettings(steps=50, batch_sequences=8, carried_segments=5, carried_sequences=4),
+        RecoverySettings(steps=50, batch_sequences=4, carried_segments=5, carried_sequences=8),
+    ],
+    ids=lambda s: f"{s.batch_sequences} {getattr(s, 'carried_sequences', '')}",
+)
+def test_processes_share_a_batch_and_no_sequence_is_read_twice(settings: Any) -> None:
+    whole = requests_of(settings)
+    halves = zip(requests_of(settings, count=2), requests_of(settings, index=1, count=2), strict=True)
+    read: set[int] = set()
+    for (first, count, segments), (a, b) in zip(whole, halves, strict=True):
+        assert a == (first, count // 2, segments)
+        assert b == (first + count // 2, count // 2, segments)
+        numbers = set(range(first, first + count))
+        assert not numbers & read
+        read |= numbers
+    assert min(read) == 100
+
+
+def test_how_often_and_how_far_a_state_is_carried() -> None:
+    settings = RecoverySettings(steps=2000, batch_sequences=2, carried_segments=15, carried_share=0.25)
+    segments = [request[2] for request in requests_of(settings)]
+    carried = [number for number in segments if number > 1]
+    assert len(carried) / len(segments) == pytest.approx(0.25, abs=0.04)
+    assert set(carried) == {2, 4, 8, 16}
+    assert all(carried.count(number) > len(carried) / 6 for number in (2, 4, 8, 16))
+    assert segments == [request[2] for request in requests_of(settings, index=1, count=2)]
+    assert segments != [request[2] for request in requests_of(settings, seed=1)]
+    for longest, expected in ((1, {2}), (2, {2, 3}), (5, {2, 4, 6}), (7, {2, 4, 8})):
+        settings = RecoverySettings(steps=100, carried_segments=longest, carried_share=1)
+        assert {request[2] for request in requests_of(settings)} == expected
+    assert {request[2] for request in requests_of(RecoverySettings(steps=9))} == {1}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals(number: int, capfd: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(number)
+    interruption = Interruption()
+    done = []
+    with pytest.raises(KeyboardInterrupt), interruption.handled():
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+        assert not interruption.requested
+        with interruption.after_step():
+            os.kill(os.getpid(), number)
+            done.append("the step in hand")
+            assert interruption.requested
+        done.append("anything after it")
+    assert done == ["the step in hand"]
+    assert signal.getsignal(number) is before
+    assert "stopping after this step" in capfd.readouterr().err
+
+
+def test_sigterm_twice_still_waits_and_ctrl_c_twice_does_not() -> None:
+    interruption = Interruption()
+    with pytest.raises(KeyboardInterrupt), interruption.handled(), interruption.after_step():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert interruption.requested
+
+
+def test_another_thread_leaves_the_signals_to_whoever_has_them() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    found: list[Any] = []
+
+    def work() -> None:
+        with Interruption().handled():
+            found.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [before]
+
+
+class TwoProcesses:
+    """What accelerate is to `Workers`, where the other process holds the same."""
+
+    device = torch.device("cpu")
+    num_processes, process_index, is_main_process = 2, 1, False
+
+    def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
+        assert reduction == "sum"
+        return tensor * 2
+
+    def wait_for_everyone(self) -> None:
+        pass
+
+
+def test_gradients_of_processes_are_summed_in_one_exchange() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (4,), (1, 1, 2))]
+    gradients = [torch.randn_like(parameter) for parameter in parameters]
+    parameters[0].grad, parameters[2].grad = gradients[0].clone(), gradients[2].clone()
+    workers = Workers(TwoProcesses())
+    workers.sum_gradients(parameters)  # type: ignore[arg-type]
+    for parameter, gradient, factor in zip(parameters, gradients, (2, 0, 2), strict=True):
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, factor * gradient)
+    assert workers.any(True)
+    assert not workers.any(False)
+    assert (workers.count, workers.index, workers.is_main) == (2, 1, False)
+
+
+def test_the_learning_rate_hangs_on_the_step_alone() -> None:
+    settings = RecoverySettings(steps=10, warmup_steps=4, min_learning_rate_ratio=0.2)
+    factors = [learning_rate_factor(step, settings) for step in range(10)]
+    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert all(a > b for a, b in zip(factors[4:], factors[5:], strict=False))
+    assert factors[-1] > 0.2
+    constant = RecoverySettings(steps=10, warmup_steps=2, schedule="constant")
+    assert [learning_rate_factor(step, constant) for step in (0, 1, 2, 9)] == [0.5, 1.0, 1.0, 1.0]
+
+
+def test_gate_statistics() -> None:
+    student, _ = convert(tiny_teacher(), gate_bias_init="zeros")
+    gates = GateStatistics()
+    assert gates.summary() == {}
+    with gates.watching(student):
+        student(random_ids())
+    student(random_ids())
+    summary = gates.summary()
+    # logsigmoid(0) / 16 halves a state in 16 tokens.
+    assert summary["gate_median_half_life_tokens"] == pytest.approx(16.0, rel=1e-5)
+    assert summary["gate_saturated_share"] == 0.0
+
+    with torch.no_grad():
+        student.model.layers[0].self_attn.decay_gate.bias.fill_(30.0)  # holds everything, moves no more
+        student.model.layers[1].self_attn.decay_gate.bias[:4].fill_(-100.0)  # at the bound
+    gates = GateStatistics()
+    with gates.watching(student):
+        student(random_ids())
+    channels = 16
+    assert gates.summary()["gate_saturated_share"] == pytest.approx((channels + 4) / (2 * channels))
+
+    gates = GateStatistics()
+    with gates.watching(student), student.teacher_mode():
+        student(random_ids())
+    assert gates.summary() == {}
+
+
+def test_precision() -> None:
+    cpu = torch.device("cpu")
+    assert resolve_precision("float32", cpu) == torch.float32
+    assert resolve_precision("bfloat16", cpu) == torch.bfloat16
+    assert resolve_precision("auto", cpu) in (torch.float32, torch.bfloat16)
+    assert resolve_precision("auto", torch.device("meta")) == torch.float32
+
+
+def test_peak_memory_is_in_bytes() -> None:
+    assert 50_000_000 < peak_memory_bytes(torch.device("cpu")) < 100_000_000_000
