@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -75,15 +76,20 @@ def test_signals(number: int, capfd: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(number)
     interruption = Interruption()
     done = []
-    with pytest.raises(KeyboardInterrupt), interruption.handled():
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), number)
-        assert not interruption.requested
-        with interruption.after_step():
-            os.kill(os.getpid(), number)
-            done.append("the step in hand")
-            assert interruption.requested
-        done.append("anything after it")
+
+    def train() -> None:
+        with interruption.handled():
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), number)
+            assert not interruption.requested
+            with interruption.after_step():
+                os.kill(os.getpid(), number)
+                done.append("the step in hand")
+                assert interruption.requested
+            done.append("anything after it")
+
+    with pytest.raises(KeyboardInterrupt):
+        train()
     assert done == ["the step in hand"]
     assert signal.getsignal(number) is before
     assert "stopping after this step" in capfd.readouterr().err
@@ -91,12 +97,17 @@ def test_signals(number: int, capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_sigterm_twice_still_waits_and_ctrl_c_twice_does_not() -> None:
     interruption = Interruption()
-    with pytest.raises(KeyboardInterrupt), interruption.handled(), interruption.after_step():
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert interruption.requested
+
+    def train() -> None:
+        with interruption.handled(), interruption.after_step():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert interruption.requested
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train()
 
 
 def test_another_thread_leaves_the_signals_to_whoever_has_them() -> None:
@@ -145,7 +156,7 @@ def test_the_learning_rate_hangs_on_the_step_alone() -> None:
     settings = RecoverySettings(steps=10, warmup_steps=4, min_learning_rate_ratio=0.2)
     factors = [learning_rate_factor(step, settings) for step in range(10)]
     assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert all(a > b for a, b in zip(factors[4:], factors[5:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(factors[4:]))
     assert factors[-1] > 0.2
     constant = RecoverySettings(steps=10, warmup_steps=2, schedule="constant")
     assert [learning_rate_factor(step, constant) for step in (0, 1, 2, 9)] == [0.5, 1.0, 1.0, 1.0]

@@ -222,8 +222,8 @@ def _train(run: _Run, student: LawcatForCausalLM, state: TrainingState | None) -
         progress=run.progress,
         extra=extra,
     )
-    # Without its cache: that keeps casts of weights while the context lasts, which is all of training, and those
-    # made without gradient, by a step that carries a state over, too.
+    # Without its cache, which keeps casts of weights while the context lasts: that is all of training, and
+    # casts made without gradient, where a state is carried over, would be used where there is one.
     is_mixed = trains_all and dtype != torch.float32
     autocast = torch.autocast(workers.device.type, dtype=dtype, enabled=is_mixed, cache_enabled=False)
     lora_scale = 0.0
