@@ -36,12 +36,18 @@ def test_commands_have_the_options_shown(command: str) -> None:
     _, name, *arguments = shlex.split(command)
     commands = typer.main.get_command(app).commands
     assert name in commands
-    known = {option for parameter in commands[name].params for option in (*parameter.opts, *parameter.secondary_opts)}
+    known = {
+        option
+        for parameter in commands[name].params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
     assert {argument for argument in arguments if argument.startswith("--")} <= known
 
 
 def test_recipes_named_exist() -> None:
-    named = set(re.findall(r"--recipe (\S+)", README)) | set(re.findall(r"^\| `(\S+)` \|", README, flags=re.M))
+    named = set(re.findall(r"--recipe (\S+)", README)) | set(
+        re.findall(r"^\| `(\S+)` \|", README, flags=re.M)
+    )
     assert named <= set(Recipe.shipped())
 
 

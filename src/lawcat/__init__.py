@@ -26,7 +26,7 @@ _EXPORTS = {
 
 __all__ = sorted(_EXPORTS)
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # ruff: noqa: F401 - for type checkers and editors alone
     from lawcat.convert.load import load_model
     from lawcat.distill.linearize import linearize
     from lawcat.errors import LawcatError

@@ -37,7 +37,9 @@ class MissingDependencyError(LawcatError):
     """An optional package is needed for this call and is not installed."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs the package {package!r}. Install it with: pip install 'lawcat[{extra}]'")
+        super().__init__(
+            f"{purpose} needs the package {package!r}. Install it with: pip install 'lawcat[{extra}]'"
+        )
 
 
 def did_you_mean(word: str, allowed: list[str] | tuple[str, ...]) -> str:

@@ -1,4 +1,4 @@
-"""The command line: one typer app. Each command is a typed function that imports what it needs when it is called."""
+"""The command line: one typer app. Each command imports what it needs when it is called."""
 
 from __future__ import annotations
 
@@ -23,9 +23,14 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the GPU if there is one when not given.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the GPU if there is one when not given.")
+]
 Dtype = Annotated[
-    str, typer.Option(help="auto (as saved), float32, bfloat16, or fast: bfloat16 where the device is faster in it.")
+    str,
+    typer.Option(
+        help="auto (as saved), float32, bfloat16, or fast: bfloat16 where the device is faster in it."
+    ),
 ]
 Base = Annotated[str | None, typer.Option(help="The teacher to apply an adapter to; else the one it names.")]
 
@@ -78,7 +83,9 @@ def linearize(
     teacher: Annotated[
         str, typer.Argument(help="Hub id, local folder, GGUF file, or smollm2-135m-instruct.")
     ],
-    out: Annotated[Path, typer.Argument(help="Directory for the student; must not exist, but from this same run.")],
+    out: Annotated[
+        Path, typer.Argument(help="Directory for the student; must not exist, but from this same run.")
+    ],
     recipe: Annotated[str, typer.Option(help="A shipped recipe's name, or a YAML file.")] = "quick",
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Change a field: --set recovery.steps=100. Repeatable.")
@@ -96,18 +103,25 @@ def linearize(
 @_with_exit_codes
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Students, adapters, teachers: one or several.")],
-    tasks: Annotated[str, typer.Option(help="Comma-separated: passkey, niah_single_1, ..., perplexity.")] = "passkey",
+    tasks: Annotated[
+        str, typer.Option(help="Comma-separated: passkey, niah_single_1, ..., perplexity.")
+    ] = "passkey",
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens: 1024,2048 or 1k,2k.")] = "1k,2k,4k",
     samples: Annotated[int, typer.Option(min=1, help="Samples a task and length.")] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Write the results here as JSON.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Write a report with plots into this directory.")] = None,
-    perplexity_tokens: Annotated[int, typer.Option(min=1, help="Tokens of text for perplexity, a length.")] = 16384,
+    report: Annotated[
+        Path | None, typer.Option(help="Write a report with plots into this directory.")
+    ] = None,
+    perplexity_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of text for perplexity, a length.")
+    ] = 16384,
     records: Annotated[
         Path | None, typer.Option(help="Keep finished samples here, and run none of them again.")
     ] = None,
     haystack: Annotated[
-        str | None, typer.Option(help="Text for needles and perplexity: file or glob; else a built-in excerpt.")
+        str | None,
+        typer.Option(help="Text for needles and perplexity: file or glob; else a built-in excerpt."),
     ] = None,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -137,7 +151,9 @@ def evaluate(
 @_with_exit_codes
 def generate(
     model: Annotated[str, typer.Argument(help="Student, adapter or teacher.")],
-    prompt: Annotated[str | None, typer.Option(help="The prompt; from standard input when not given.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="The prompt; from standard input when not given.")
+    ] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a file.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,

@@ -42,6 +42,10 @@ class Display:
         )
 
     def __enter__(self) -> Self:
+        # Its bars for a second's work would stand between ours.
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
         if self._is_live:
             self._progress.start()
         return self
@@ -63,7 +67,7 @@ class Display:
             print(text, file=sys.stderr, flush=True)
 
     def update(self, title: str, done: int, total: int, measured: dict[str, float] | None = None) -> None:
-        """Show that ``done`` of ``total`` of the work called ``title`` is done, and what was measured last."""
+        """Show that ``done`` of ``total`` of ``title`` is done, and what was measured last."""
         shown = "  ".join(f"{name} {_short(value)}" for name, value in (measured or {}).items())
         if self._is_live:
             if title not in self._bars:

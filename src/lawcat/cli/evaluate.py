@@ -54,7 +54,9 @@ def run_evaluate(
         if name != PERPLEXITY:
             get_task(name)
     if output is not None and len(models) > 1:
-        raise ConfigurationError("--output takes the results of one model; for several, use --report DIRECTORY.")
+        raise ConfigurationError(
+            "--output takes the results of one model; for several, use --report DIRECTORY."
+        )
     parsed = parse_lengths(lengths)
     titles = _titles(models)
     command = "lawcat " + " ".join(sys.argv[1:])

@@ -28,7 +28,9 @@ def run_generate(
     """See the command's help."""
     text = _read_prompt(prompt, prompt_file)
     with Display() as display:
-        loaded = load_model(model, dtype=parse_dtype(dtype), device=device, base=base, progress=display.message)
+        loaded = load_model(
+            model, dtype=parse_dtype(dtype), device=device, base=base, progress=display.message
+        )
     pieces = stream_text(
         loaded.model,
         loaded.tokenizer,

@@ -91,13 +91,16 @@ def _operator(config: LawcatConfig) -> str:
 
 def _cache_bytes(config: LawcatConfig, tokens: int, layers: int | None = None) -> int:
     layers = config.num_hidden_layers if layers is None else layers
-    assert config.num_key_value_heads and config.head_dim
+    assert config.num_key_value_heads
+    assert config.head_dim
     return 2 * layers * tokens * config.num_key_value_heads * config.head_dim * _CACHE_BYTES
 
 
 def state_bytes(config: LawcatConfig, tokens: int) -> int:
-    """Return the bytes that one sequence of so many tokens holds: states, convolution inputs, softmax layers' cache."""
-    assert config.layer_types and config.head_dim and config.feature_dim
+    """Return the bytes that one sequence holds: states, convolution inputs, and softmax layers' cache."""
+    assert config.layer_types is not None
+    assert config.head_dim
+    assert config.feature_dim
     linear = config.layer_types.count(LINEAR)
     state = config.num_state_heads * config.feature_dim * (config.head_dim + 1) * _STATE_BYTES
     channels = (config.num_attention_heads + config.num_state_heads) * config.head_dim

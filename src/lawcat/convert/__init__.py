@@ -1,0 +1,1 @@
+"""Teachers, students and adapters: reading, converting, writing."""

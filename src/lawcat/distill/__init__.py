@@ -1,0 +1,1 @@
+"""Recipes, training data, the two stages and the run that holds them together."""

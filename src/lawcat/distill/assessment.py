@@ -9,11 +9,13 @@ from typing import Any
 
 from lawcat.convert.load import load_model
 from lawcat.convert.teacher import load_teacher
+from lawcat.distill.linearize import RUN_NAME
+from lawcat.distill.model_card import model_card
 from lawcat.distill.recipe import Recipe
 from lawcat.distill.text import Progress
 from lawcat.evaluation.measure import PERPLEXITY, measure
 from lawcat.evaluation.report import markdown_report, read_results, write_results
-from lawcat.files import human_bytes, write_atomic, write_manifest
+from lawcat.files import write_atomic, write_manifest
 
 EVALUATION_FOLDER = "evaluation"
 
@@ -54,8 +56,8 @@ def assess(
             write_results(file, _measure(loaded, name, folder, recipe, progress))
         payloads.append(read_results(file))
     table = markdown_report(payloads)
-    card = _card(directory, teacher, recipe, table)
-    write_atomic(directory / "README.md", card)
+    run = json.loads((directory / RUN_NAME).read_text(encoding="utf-8"))
+    write_atomic(directory / "README.md", model_card(run, recipe, name=directory.name, table=table))
     write_manifest(directory)
     return table
 
@@ -76,40 +78,3 @@ def _measure(
         records=folder / "samples.jsonl",
         progress=progress,
     )
-
-
-def _card(directory: Path, teacher: str, recipe: Recipe, table: str) -> str:
-    run = json.loads((directory / "lawcat_run.json").read_text(encoding="utf-8"))
-    has_task_data = run["data"]["has_task_data"]
-    stages = run.get("stages", {})
-    tokens = sum(stage["tokens"] for stage in stages.values())
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [lawcat, linear-attention]",
-        "---",
-        f"# {Path(teacher).name}, linearized",
-        "",
-        f"A linear-attention student of `{teacher}`, made by lawcat {run['lawcat']} with the recipe "
-        f"`{recipe.name}`, seed {recipe.seed}: constant memory at any context length.",
-        "",
-        f"Trained on {tokens:,} tokens in {run['training_s']:.0f} s on {run['device']}, peak memory "
-        f"{human_bytes(run['peak_memory_bytes'])}. "
-        + (
-            "**Samples of the tasks below were in the training data** (with other keys), so these results "
-            "show how a trained task carries over to longer inputs."
-            if has_task_data
-            else "No task data was in the training data."
-        ),
-        "",
-        "```python",
-        "import lawcat  # or trust_remote_code=True below",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        f'model = AutoModelForCausalLM.from_pretrained("{directory.name}")',
-        "```",
-        "",
-        table.replace("# Evaluation", "## Evaluation", 1).replace("\n## ", "\n### "),
-    ]
-    return "\n".join(lines)
