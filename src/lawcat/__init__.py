@@ -1,3 +1,4 @@
+# ruff: noqa: F401
 """lawcat: turn a pretrained transformer into a linear-attention model.
 
 ``import lawcat`` is cheap: names are resolved when they are first used. Importing it makes
@@ -26,7 +27,7 @@ _EXPORTS = {
 
 __all__ = sorted(_EXPORTS)
 
-if TYPE_CHECKING:  # ruff: noqa: F401 - for type checkers and editors alone
+if TYPE_CHECKING:
     from lawcat.convert.load import load_model
     from lawcat.distill.linearize import linearize
     from lawcat.errors import LawcatError

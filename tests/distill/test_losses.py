@@ -18,7 +18,7 @@ B, T, WIDTH, VOCABULARY = 2, 7, 12, 19
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "_TOKENS_AT_A_TIME", 3)
+    monkeypatch.setattr(losses, "_TOKENS_AT_A_TIME_ON_CPU", 3)
 
 
 def inputs() -> dict[str, Tensor]:
@@ -105,7 +105,7 @@ def test_tokens_of_weight_zero_are_not_looked_at(small_pieces: None) -> None:
 def test_the_size_of_pieces_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = language_loss(**inputs(), kl_weight=1.0)
     for size in (1, 10, 11, 12):  # eleven tokens have weight
-        monkeypatch.setattr(losses, "_TOKENS_AT_A_TIME", size)
+        monkeypatch.setattr(losses, "_TOKENS_AT_A_TIME_ON_CPU", size)
         for value, wanted in zip(language_loss(**inputs(), kl_weight=1.0), whole, strict=True):
             assert_near(value, wanted, 1e-6)
 

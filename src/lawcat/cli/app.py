@@ -123,6 +123,10 @@ def evaluate(
         str | None,
         typer.Option(help="Text for needles and perplexity: file or glob; else a built-in excerpt."),
     ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="A task's option: passkey.length_rule=longlora, passkey.depth=random. Repeatable."),
+    ] = None,
     device: Device = None,
     dtype: Dtype = "auto",
     base: Base = None,
@@ -141,6 +145,7 @@ def evaluate(
         perplexity_tokens,
         records,
         haystack,
+        option or [],
         device,
         dtype,
         base,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 
 from lawcat.cli.display import Display
 from lawcat.convert.load import default_device, load_model
@@ -33,6 +35,24 @@ def parse_dtype(text: str) -> torch.dtype | None:
     return _DTYPES[text]
 
 
+def parse_options(assignments: list[str]) -> dict[str, dict[str, Any]]:
+    """Return the options of tasks, by task; the task itself judges names and values.
+
+    >>> parse_options(["passkey.depth=0.5", "passkey.length_rule=longlora"])
+    {'passkey': {'depth': 0.5, 'length_rule': 'longlora'}}
+    """
+    options: dict[str, dict[str, Any]] = {}
+    for text in assignments:
+        name, sign, value = text.partition("=")
+        task, dot, option = name.strip().rpartition(".")
+        if not sign or not dot or not task or not option:
+            raise ConfigurationError(
+                f"--option {text!r}: give a task, its option and a value, as in passkey.depth=random."
+            )
+        options.setdefault(task, {})[option] = yaml.safe_load(value)
+    return options
+
+
 def run_evaluate(
     models: list[str],
     tasks: str,
@@ -44,6 +64,7 @@ def run_evaluate(
     perplexity_tokens: int,
     records: Path | None,
     haystack: str | None,
+    assignments: list[str],
     device: str | None,
     dtype: str,
     base: str | None,
@@ -58,6 +79,7 @@ def run_evaluate(
             "--output takes the results of one model; for several, use --report DIRECTORY."
         )
     parsed = parse_lengths(lengths)
+    options = parse_options(assignments)
     titles = _titles(models)
     command = "lawcat " + " ".join(sys.argv[1:])
     payloads = []
@@ -76,6 +98,7 @@ def run_evaluate(
                 seed=seed,
                 perplexity_tokens=perplexity_tokens,
                 haystack=haystack,
+                options=options,
                 records=records,
                 command=command,
                 progress=display.update,

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Logits of so many tokens at a time: 1,024 x 49,152 float32 numbers are 200 MB.
+# Logits of so many tokens at a time: 1,024 x 49,152 float32 numbers are 200 MB. A CPU gets fewer, since memory
+# for larger tensors is fetched from the system, and zeroed page by page, anew each time.
 _TOKENS_AT_A_TIME = 1024
+_TOKENS_AT_A_TIME_ON_CPU = 64
 
 
 def relative_squared_error(output: Tensor, target: Tensor) -> Tensor:
@@ -57,8 +59,9 @@ class _LanguageLoss(torch.autograd.Function):
         hidden_grad = torch.zeros_like(hidden)
         head_grad = torch.zeros_like(head) if head.requires_grad else None
         sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
-        for start in range(0, hidden.shape[0], _TOKENS_AT_A_TIME):
-            piece = slice(start, start + _TOKENS_AT_A_TIME)
+        step = _TOKENS_AT_A_TIME_ON_CPU if hidden.device.type == "cpu" else _TOKENS_AT_A_TIME
+        for start in range(0, hidden.shape[0], step):
+            piece = slice(start, start + step)
             weight = weights[piece]
             with torch.enable_grad():
                 piece_hidden = hidden[piece].detach().requires_grad_()

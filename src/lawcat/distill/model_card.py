@@ -44,8 +44,8 @@ def model_card(run: dict[str, Any], recipe: Recipe, *, name: str, table: str | N
         f"# {name}",
         "",
         f"A linear-attention student of `{Path(run['base']).name}` (SHA-256 {run['teacher'][:16]}...), made "
-        f"by lawcat {run['lawcat']} with the recipe `{recipe.name}`, seed {recipe.seed}. Its memory is the same "
-        "at any context length.",
+        f"by lawcat {run['lawcat']} with the recipe `{recipe.name}`, seed {recipe.seed}. Its memory is "
+        "the same at any context length.",
         "",
         trained,
         "",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ def measure(
     seed: int = 0,
     perplexity_tokens: int = 16384,
     haystack: str | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
     records: str | Path | None = None,
     command: str | None = None,
     progress: Display | None = None,
@@ -43,6 +44,7 @@ def measure(
         seed: Of the samples.
         perplexity_tokens: Tokens of text for perplexity, a length; fewer where the text is shorter.
         haystack: Text for needles and perplexity; None for the built-in excerpt.
+        options: Options by task, such as `{"passkey": {"depth": "random"}}`.
         records: Finished samples are kept here and not run again.
         command: How it was called, for the record.
         progress: Called with a title, how many are done of how many, and measurements.
@@ -69,6 +71,7 @@ def measure(
         seed=seed,
         name=name,
         haystack=haystack if uses_prose else None,
+        options=options,
         output_jsonl=records,
         progress=show,
     ).to_json(command)

@@ -1,0 +1,178 @@
+"""The commands as a user types them: results on standard output, one message and exit 2 on a mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests.tiny_teachers import save_teacher, write_text
+from typer.testing import CliRunner, Result
+
+from lawcat.cli.app import app
+
+RECIPE = """
+name: tiny
+sequence_length: 32
+precision: float32
+data:
+  - provider: text
+    path: {text}
+attention_transfer: {{steps: 2, batch_sequences: 2}}
+recovery: {{steps: 2, batch_sequences: 2, lora_rank: 2}}
+evaluation: {{tasks: [passkey], lengths: [128], samples: 2, perplexity_tokens: 64}}
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("commands")
+    save_teacher(folder / "teacher", tie_word_embeddings=True)
+    text = write_text(folder / "text.txt")
+    (folder / "recipe.yaml").write_text(RECIPE.format(text=text), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    patch = pytest.MonkeyPatch()
+    patch.setenv("LAWCAT_CACHE", str(tmp_path_factory.mktemp("cache")))
+    patch.setenv("ACCELERATE_USE_CPU", "true")
+    yield
+    patch.undo()
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def student(place: Path) -> Path:
+    out = place / "student"
+    result = run("linearize", place / "teacher", out, "--recipe", place / "recipe.yaml")
+    assert result.exit_code == 0, result.stderr
+    assert "| student |" in result.stdout
+    assert result.stdout.strip().endswith(str(out))
+    assert "stage 2: recovery: 2/2" in result.stderr
+    return out
+
+
+def test_help_answers_within_a_second() -> None:
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "lawcat", "--help"], capture_output=True, check=True)
+        times.append(time.perf_counter() - started)
+    assert b"linearize" in done.stdout
+    assert min(times) < 1.0
+
+
+def test_the_card_has_the_table_and_says_what_was_in_the_data(student: Path) -> None:
+    card = (student / "README.md").read_text(encoding="utf-8")
+    assert "### passkey" in card
+    assert "No task data" in card
+    assert (student / "evaluation" / "student.json").is_file()
+
+
+def test_a_second_run_finds_everything_done(place: Path, student: Path) -> None:
+    before = (student / "model.safetensors").stat().st_mtime_ns
+    result = run("linearize", place / "teacher", student, "--recipe", place / "recipe.yaml")
+    assert result.exit_code == 0
+    assert "finished already" in result.stderr
+    assert (student / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_eval_of_several_models(place: Path, student: Path) -> None:
+    report, records = place / "report", place / "samples.jsonl"
+    arguments = ["eval", place / "teacher", student, student / "adapter", "--tasks", "passkey,perplexity"]
+    arguments += [
+        "--lengths",
+        "128",
+        "--samples",
+        2,
+        "--perplexity-tokens",
+        64,
+        "--haystack",
+        place / "text.txt",
+    ]
+    result = run(*arguments, "--report", report, "--records", records, "--option", "passkey.depth=0.5")
+    assert result.exit_code == 0, result.stderr
+    assert "## perplexity" in result.stdout
+    assert (report / "report.md").is_file()
+    assert len(records.read_text(encoding="utf-8").splitlines()) >= 4
+    again = run(*arguments, "--records", records, "--option", "passkey.depth=0.5")
+    assert again.exit_code == 0
+
+
+def test_eval_writes_the_contract_s_json(place: Path, student: Path) -> None:
+    output = place / "results.json"
+    result = run("eval", student, "--lengths", "128", "--samples", 2, "--output", output)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(output.read_text(encoding="utf-8"))
+    assert found["schema"] == 1
+    assert {"task", "length", "samples", "accuracy", "ci95", "mean_tokens"} <= set(found["results"][0])
+
+
+def test_student_and_adapter_generate_the_same(student: Path) -> None:
+    results = [
+        run("generate", path, "--prompt", "w3 w4 w5 w6", "--max-new-tokens", 8)
+        for path in (student, student / "adapter")
+    ]
+    assert [result.exit_code for result in results] == [0, 0], results[0].stderr + results[1].stderr
+    assert results[0].stdout == results[1].stdout
+    assert results[0].stdout.strip()
+
+
+@pytest.mark.parametrize("which", ["teacher", "student", "student/adapter"])
+def test_info(place: Path, student: Path, which: str) -> None:
+    result = run("info", place / which, "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["kind"] == which.rpartition("/")[2]
+    state = {row["state_bytes"] for row in found["memory"]}
+    assert len(state) == 1
+    assert run("info", place / which).stdout.startswith("model:")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["eval", "x", "--tasks", "passky"], "Did you mean 'passkey'"),
+        (["eval", "x", "--lengths", "1m"], "1m"),
+        (["eval", "x", "--dtype", "int8"], "--dtype 'int8' is not a choice"),
+        (["eval", "x", "--option", "passkey"], "give a task, its option and a value"),
+        (["eval", "x", "y", "--output", "r.json"], "--report DIRECTORY"),
+        (["linearize", "x", "y", "--recipe", "quik"], "Did you mean 'quick'"),
+        (["linearize", "x", "y", "--set", "recovery.step=1"], "Did you mean 'steps'"),
+        (["linearize", "x", "y", "--set", "recovery.steps"], "give a field and a value"),
+        (["linearize", "/nowhere/at/all", "y"], "there is no file or folder"),
+        (["generate", "x", "--prompt", "  "], "the prompt is empty"),
+        (["info", "/nowhere/at/all"], "there is no file or folder"),
+    ],
+)
+def test_mistakes_are_one_message_and_exit_2(
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_option_is_a_usage_error() -> None:
+    assert run("eval", "x", "--lenghts", "1k").exit_code == 2
+
+
+def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lawcat.cli.info.run_info", interrupt)
+    result = run("info", "x")
+    assert result.exit_code == 130
+    assert "interrupted" in result.stderr
