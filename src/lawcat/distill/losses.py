@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Logits of so many tokens at a time: 1,024 x 49,152 float32 numbers are 200 MB. A CPU gets fewer, since memory
+# Logits of so many tokens at a time: 1,024 x 49,152 float32 numbers are 200 MB. A CPU gets fewer: memory
 # for larger tensors is fetched from the system, and zeroed page by page, anew each time.
 _TOKENS_AT_A_TIME = 1024
 _TOKENS_AT_A_TIME_ON_CPU = 64
