@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from lawcat.cli.display import Display
@@ -21,6 +22,8 @@ def run_linearize(
         result = linearize(
             teacher, out, settings, progress=display.update, message=display.message, tensorboard=tensorboard
         )
+        if int(os.environ.get("RANK", "0")):
+            return  # one of several processes that train together: the first one tells
         if result.is_reused:
             display.message(f"{out} is finished already, from this teacher and recipe")
         if evaluate and (settings.evaluation.tasks or settings.evaluation.perplexity_tokens):
