@@ -13,24 +13,8 @@ from transformers import initialization as init
 
 from lawcat.convert.families import family_of
 from lawcat.errors import ConfigurationError, TeacherError, did_you_mean
-from lawcat.model.configuration_lawcat import FULL, LINEAR, LawcatConfig
+from lawcat.model.configuration_lawcat import FULL, LINEAR, OPERATOR_FIELDS, LawcatConfig
 from lawcat.model.modeling_lawcat import NEW_MODULES, LawcatForCausalLM
-
-# The fields of LawcatConfig that a user may choose; all others are the teacher's.
-OPERATOR_FIELDS = (
-    "feature_dim",
-    "use_conv",
-    "conv_kernel_size",
-    "use_normalizer",
-    "normalizer_eps",
-    "gate",
-    "gate_rank",
-    "gate_divisor",
-    "gate_bias_init",
-    "min_log_decay",
-    "linear_rope",
-    "state_heads",
-)
 
 # What has no effect in greedy decoding.
 _SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")

@@ -17,10 +17,8 @@ from ..errors import ConfigurationError
 LINEAR = "linear_attention"
 FULL = "full_attention"
 
-# The fields of the operator, whose names are checked against typing errors.
-_OPERATOR_FIELDS = (
-    "teacher_model_type",
-    "layer_types",
+# The fields of the operator that a user may choose; all others are the teacher's.
+OPERATOR_FIELDS = (
     "feature_dim",
     "use_conv",
     "conv_kernel_size",
@@ -34,6 +32,8 @@ _OPERATOR_FIELDS = (
     "linear_rope",
     "state_heads",
 )
+# Fields of ours, whose names are checked against typing errors.
+_OPERATOR_FIELDS = ("teacher_model_type", "layer_types", *OPERATOR_FIELDS)
 _CHOICES: dict[str, tuple[str, ...]] = {
     "gate": ("channel", "head", "none"),
     "gate_bias_init": ("zeros", "spread"),
