@@ -23,7 +23,6 @@ import torch
 from lawcat import __version__
 from lawcat.convert.adapter import Adapter
 from lawcat.convert.initialize import (
-    OPERATOR_FIELDS,
     ConversionReport,
     cast_teacher_weights,
     convert,
@@ -51,7 +50,7 @@ from lawcat.distill.trainer import (
 from lawcat.distill.training_log import TrainingLog, read_log
 from lawcat.errors import CheckpointError, ConfigurationError, MissingDependencyError
 from lawcat.files import clear_write_errors, remove_directory, remove_leftovers, write_atomic
-from lawcat.model.configuration_lawcat import LINEAR
+from lawcat.model.configuration_lawcat import LINEAR, OPERATOR_FIELDS
 from lawcat.model.modeling_lawcat import LawcatForCausalLM
 
 RUN_NAME = "lawcat_run.json"
