@@ -105,6 +105,20 @@ class Task(ABC):
         """Return whether no further token can change the headline metric, so that generation may stop."""
         return False
 
+    def rule_answers(self, sample: Sample) -> dict[str, str]:
+        """Return what trivial rules answer to this sample, for a report to draw as a line beside the models.
+
+        A rule looks at the prompt only, without understanding it. Its answer is scored by `score`, as a
+        model's is.
+
+        Args:
+            sample: One of this task's, as made or as read back from a record: prompt and metadata suffice.
+
+        Returns:
+            Name of the rule, as a report should show it, to its answer. Empty where there is none.
+        """
+        return {}
+
     def resolve_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return all options with defaults filled in.
 
