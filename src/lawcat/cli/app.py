@@ -189,6 +189,35 @@ def info(
     run_info(model, as_json)
 
 
+@app.command(
+    name="lm-eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+@_with_exit_codes
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-evaluation-harness, which then knows `--model lawcat`; arguments are those of `lm_eval`."""
+    from lawcat.cli.lm_eval import run_lm_eval
+
+    run_lm_eval(context.args)
+
+
+@app.command(name="lm-eval-tasks")
+@_with_exit_codes
+def lm_eval_tasks(
+    folder: Annotated[Path, typer.Argument(help="Directory for the task files.")],
+    model: Annotated[str, typer.Argument(help="Whose tokenizer measures the prompts.")],
+    tasks: Annotated[str, typer.Option(help="Comma-separated, as of `lawcat eval`.")] = "passkey",
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens: 1024,2048 or 1k,2k.")] = "1k,2k,4k",
+    samples: Annotated[int, typer.Option(min=1, help="Samples a task and length.")] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    option: Annotated[list[str] | None, typer.Option(help="A task's option, as of `lawcat eval`.")] = None,
+) -> None:
+    """Write lawcat's samples as tasks for `lm_eval --include_path FOLDER`, and print their names."""
+    from lawcat.cli.lm_eval import run_lm_eval_tasks
+
+    run_lm_eval_tasks(folder, model, tasks, lengths, samples, seed, option or [])
+
+
 def main() -> None:
     """Run the app."""
     app()
