@@ -126,21 +126,18 @@ def test_an_unknown_dtype_is_refused():
 def test_the_command_hands_arguments_on_and_runs_a_student(tokenizer, tmp_path):
     tiny_lawcat().save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")
+    lawcat = [sys.executable, "-m", "lawcat"]
+    options = ["--tasks", "passkey", "--lengths", "128", "--samples", "2"]
     made = subprocess.run(
-        [sys.executable, "-m", "lawcat", "lm-eval-tasks", tmp_path / "tasks", tmp_path / "student"]
-        + ["--tasks", "passkey", "--lengths", "128", "--samples", "2"],
+        [*lawcat, "lm-eval-tasks", tmp_path / "tasks", tmp_path / "student", *options],
         capture_output=True,
         text=True,
         check=True,
     )
     assert made.stdout == "lawcat_passkey_128\n"
-    ran = subprocess.run(
-        [sys.executable, "-m", "lawcat", "lm-eval", "run", "--model", "lawcat", "--model_args"]
-        + [f"pretrained={tmp_path / 'student'}", "--device", "cpu", "--include_path", tmp_path / "tasks"]
-        + ["--tasks", "lawcat_passkey_128"],
-        capture_output=True,
-        text=True,
-    )
+    model = ["--model", "lawcat", "--model_args", f"pretrained={tmp_path / 'student'}", "--device", "cpu"]
+    tasks = ["--include_path", tmp_path / "tasks", "--tasks", "lawcat_passkey_128"]
+    ran = subprocess.run([*lawcat, "lm-eval", "run", *model, *tasks], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert "lawcat_passkey_128" in ran.stdout
     assert "digit_accuracy" in ran.stdout
