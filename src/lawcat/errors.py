@@ -25,6 +25,10 @@ class CheckpointError(LawcatError):
     """A checkpoint, model directory or adapter that is missing, damaged or does not fit."""
 
 
+class BusyError(LawcatError):
+    """An output directory in which another process is at work."""
+
+
 class TrainingError(LawcatError):
     """Training that cannot go on, such as a loss that is not finite."""
 

@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -35,7 +35,7 @@ from lawcat.distill.checkpoint import TrainingState, latest_checkpoint, load_che
 from lawcat.distill.mixture import Mixture, build_mixture
 from lawcat.distill.model_card import model_card
 from lawcat.distill.precision import resolve_precision
-from lawcat.distill.recipe import Recipe
+from lawcat.distill.recipe import Recipe, dotted_keys
 from lawcat.distill.recovery import RecoveryModel, plain_name
 from lawcat.distill.text import Progress
 from lawcat.distill.trainer import (
@@ -48,14 +48,16 @@ from lawcat.distill.trainer import (
     train_stage,
 )
 from lawcat.distill.training_log import TrainingLog, read_log
-from lawcat.errors import CheckpointError, ConfigurationError, MissingDependencyError
+from lawcat.errors import BusyError, CheckpointError, ConfigurationError, MissingDependencyError
 from lawcat.files import clear_write_errors, remove_directory, remove_leftovers, write_atomic
 from lawcat.model.configuration_lawcat import LINEAR, OPERATOR_FIELDS
 from lawcat.model.modeling_lawcat import LawcatForCausalLM
+from lawcat.versions import versions
 
 RUN_NAME = "lawcat_run.json"
 RECIPE_NAME = "recipe.yaml"
 LOG_NAME = "training_log.jsonl"
+LOCK_NAME = "lock"
 
 
 def _silent(text: str) -> None:
@@ -104,6 +106,7 @@ def linearize(
         Where the student is.
 
     Raises:
+        BusyError: where another process trains into the same directory.
         LawcatError: for a teacher, recipe, data or directory that cannot be used; nothing is overwritten.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, when the work so far is saved.
 
@@ -113,14 +116,20 @@ def linearize(
     """
     settings = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     if overrides:
-        settings = settings.with_overrides(_dotted(overrides))
+        settings = settings.with_overrides(dotted_keys(overrides))
+    if settings.matrix is not None:
+        raise ConfigurationError(
+            f"The recipe {settings.name!r} is a matrix of {len(settings.matrix.variants)} variants. Train "
+            "all with lawcat.distill.matrix.linearize_matrix, or one, as "
+            f"recipe.variant({settings.matrix.names[0]!r})."
+        )
     directory = Path(out)
     found = _finished_run(directory)
     training = directory.with_name(directory.name + ".training")
     _check_peft(settings)
 
     interruption = Interruption()
-    with interruption.handled():
+    with interruption.handled(), contextlib.ExitStack() as held:
         workers = _start_workers()
         if not workers.is_main:  # one display; the others also find done what the first fetches and converts
             progress, message = None, _silent
@@ -131,12 +140,11 @@ def linearize(
         identity = {"teacher": source.fingerprint, "recipe": settings.fingerprint()}
         if found is not None:
             _check_same_run(directory, found, identity)
-            # There still where a run was killed between the last two things it does.
-            if workers.is_main and (training / RUN_NAME).is_file():
-                remove_directory(training)
+            if workers.is_main:
+                _remove_rest(directory, training)
             return LinearizeResult(directory, is_reused=True)
         if workers.is_main:
-            _prepare(training, settings, identity, source.name)
+            _prepare(directory, training, settings, identity, source.name, held)
         workers.wait()
 
         started = time.perf_counter()
@@ -186,6 +194,8 @@ class _Trained:
 def _train(run: _Run, student: LawcatForCausalLM, state: TrainingState | None) -> _Trained:
     recipe, workers = run.recipe, run.workers
     torch.manual_seed(recipe.seed)
+    if workers.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(workers.device)
     dtype = resolve_precision(recipe.precision, workers.device)
     if state is not None:  # "auto" measures; a resumed run keeps what it began with
         dtype = getattr(torch, state.extra["dtype"])
@@ -248,7 +258,7 @@ def _train(run: _Run, student: LawcatForCausalLM, state: TrainingState | None) -
         "precision": str(dtype).removeprefix("torch."),
         "peak_memory_bytes": peak_memory_bytes(workers.device),
         "data": mixture.describe(),
-        "stages": _stage_facts(run.training / LOG_NAME) if workers.is_main else {},
+        "stages": _stage_facts(run.training / LOG_NAME, recipe) if workers.is_main else {},
     }
     return _Trained(tensors, lora_scale, student if trains_all else None, facts)
 
@@ -369,23 +379,68 @@ def _read_record(directory: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _prepare(training: Path, recipe: Recipe, identity: dict[str, str], base_name: str) -> None:
-    """Begin a run, or make sure that the one that is there is this one."""
+def _prepare(
+    directory: Path,
+    training: Path,
+    recipe: Recipe,
+    identity: dict[str, str],
+    base_name: str,
+    held: contextlib.ExitStack,
+) -> None:
+    """Begin a run, or make sure that the one that is there is this one. While `held` is, it is ours alone."""
     record = _read_record(training)
     if record is not None:
         _check_same_run(training, record, identity)
-        return
     with clear_write_errors(training):
         training.mkdir(parents=True, exist_ok=True)
+    if record is None and not (training / LOCK_NAME).is_file():
+        _check_empty(training)
+    held.enter_context(_only_run(directory, training))
+    if os.path.lexists(directory):
+        raise BusyError(f"another process has just written {directory}; run the same command again.")
+    if (record := _read_record(training)) is not None:
+        _check_same_run(training, record, identity)
+        return
+    _check_empty(training)
+    record = {"lawcat": __version__, "base": base_name, **identity}
+    write_atomic(training / RUN_NAME, json.dumps(record, indent=2) + "\n")
+    write_atomic(training / RECIPE_NAME, recipe.to_yaml())
+
+
+def _check_empty(training: Path) -> None:
     remove_leftovers(training)
-    if any(training.iterdir()):
+    if any(path.name != LOCK_NAME for path in training.iterdir()):
         raise ConfigurationError(
             f"{training}, where training keeps its state, exists and is not of a run of lawcat; nothing was "
             "overwritten. Choose another output directory, or move that one away."
         )
-    record = {"lawcat": __version__, "base": base_name, **identity}
-    write_atomic(training / RUN_NAME, json.dumps(record, indent=2) + "\n")
-    write_atomic(training / RECIPE_NAME, recipe.to_yaml())
+
+
+@contextlib.contextmanager
+def _only_run(directory: Path, training: Path) -> Iterator[None]:
+    """Keep other processes out of a run; where one dies, the system frees its lock."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(training / LOCK_NAME)
+    with clear_write_errors(training / LOCK_NAME):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise BusyError(
+                f"another process is training {directory} at this moment. Wait until it is done, or choose "
+                "another output directory."
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _remove_rest(directory: Path, training: Path) -> None:
+    """Remove what is there still where a run was killed between the last two things it does."""
+    if (training / RUN_NAME).is_file():
+        with contextlib.suppress(BusyError), _only_run(directory, training):
+            remove_directory(training)
 
 
 def _check_same_run(directory: Path, record: dict[str, Any], identity: dict[str, str]) -> None:
@@ -406,19 +461,10 @@ def _saved_state(training: Path, identity: dict[str, str]) -> TrainingState | No
     )
 
 
-def _dotted(overrides: dict[str, Any]) -> dict[str, Any]:
-    """Return ``{"recovery": {"steps": 1}}`` as ``{"recovery.steps": 1}``."""
-    flat: dict[str, Any] = {}
-    for name, value in overrides.items():
-        if isinstance(value, dict):
-            flat.update({f"{name}.{inner}": v for inner, v in _dotted(value).items()})
-        else:
-            flat[name] = value
-    return flat
-
-
-def _stage_facts(log: Path) -> dict[str, Any]:
+def _stage_facts(log: Path, recipe: Recipe) -> dict[str, Any]:
     """Return what a reader of the record wants of each stage: steps, losses at both ends, speed."""
+    recovery = recipe.recovery
+    carried_tokens = (recovery.carried_sequences or recovery.batch_sequences) * recipe.sequence_length
     facts: dict[str, Any] = {}
     for stage in (1, 2):
         rows = [row for row in read_log(log) if row["stage"] == stage]
@@ -429,6 +475,11 @@ def _stage_facts(log: Path) -> dict[str, Any]:
         facts[str(stage)] = {
             "steps": len(rows),
             "tokens": sum(row["tokens"] for row in rows),
+            # Of a step that carries a state over, the gradient reaches the last segment only.
+            "trained_tokens": sum(
+                carried_tokens if stage == 2 and "cross_entropy" not in row else row["tokens"] for row in rows
+            ),
+            "seconds": round(sum(row["seconds"] for row in rows), 2),
             "first_loss": rows[0]["loss"],
             "last_loss": sum(row["loss"] for row in last) / len(last),
             "first_step_s": round(rows[0]["seconds"], 2),
@@ -442,17 +493,6 @@ def _stage_facts(log: Path) -> dict[str, Any]:
             by_layer = zip(*(row["layer_losses"] for row in last), strict=True)
             facts[str(stage)]["last_layer_losses"] = [sum(losses) / len(losses) for losses in by_layer]
     return facts
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that decide what a run gives."""
-    found = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "peft", "accelerate", "safetensors", "triton"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _device_name(device: torch.device) -> str:

@@ -88,6 +88,8 @@ def _read(value: Any, hint: Any, key: str) -> Any:
         return value
     if origin is tuple:
         return _read_tuple(value, get_args(hint), key)
+    if hint is Matrix:
+        return value if isinstance(value, Matrix) else _read_matrix(value, key)
     if dataclasses.is_dataclass(hint):
         return _read_settings(value, hint, key)
     if hint is bool:
@@ -178,6 +180,8 @@ def _write(settings: Any) -> dict[str, Any]:
 
 
 def _write_value(value: Any) -> Any:
+    if isinstance(value, Matrix):
+        return value.to_dict()
     if dataclasses.is_dataclass(value):
         return _write(value)
     if isinstance(value, tuple):
@@ -225,7 +229,9 @@ def _override_item(name: str, cls: Any, items: list[dict[str, Any]], parts: list
 def _parse(text: str, hint: Any, key: str) -> Any:
     """Return what a command line's `text` stands for in a field of type `hint`; `_read` judges it."""
     if get_origin(hint) in (Union, types.UnionType):
-        if type(None) in get_args(hint) and text.strip().lower() in ("null", "none", "~", ""):
+        # Not "none" where text is wanted: it is a choice of the gate.
+        nothing = ("null", "~", "") if str in get_args(hint) else ("null", "none", "~", "")
+        if type(None) in get_args(hint) and text.strip().lower() in nothing:
             return None
         others = [h for h in get_args(hint) if h is not type(None)]
         tuples = [h for h in others if get_origin(h) is tuple]
@@ -265,6 +271,21 @@ def _drop_ineffective(cls: Any, values: dict[str, Any], kept: frozenset[str], pr
         elif isinstance(value, list) and get_args(hint) and dataclasses.is_dataclass(get_args(hint)[0]):
             for i, item in enumerate(value):
                 _drop_ineffective(get_args(hint)[0], item, kept, f"{prefix}{name}.{i}.")
+
+
+def dotted_keys(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested overrides by dotted key.
+
+    >>> dotted_keys({"recovery": {"steps": 1}, "model.gate": "head"})
+    {'recovery.steps': 1, 'model.gate': 'head'}
+    """
+    flat: dict[str, Any] = {}
+    for name, value in overrides.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{name}.{inner}": v for inner, v in dotted_keys(value).items()})
+        else:
+            flat[name] = value
+    return flat
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -652,6 +673,139 @@ class EvaluationSettings(_Settings):
             raise _fail("lengths", [], f"tasks {', '.join(self.tasks)} need at least one length.")
 
 
+_VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# What a matrix keeps beside its students.
+_TAKEN_NAMES = ("evaluation", "report")
+_NOT_OF_A_VARIANT = {
+    "matrix": "a variant has no matrix of its own; name its variants in the matrix of the recipe",
+    "seed": "seeds are a list of the matrix or of a variant, as in seeds: [0, 1, 2]",
+    "evaluation": "all variants are measured on the same samples; set it for the whole recipe",
+    "name": "the variant's key is its name",
+    "description": "only the whole recipe has one",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One member of a matrix.
+
+    Args:
+        name: Name of its folder.
+        overrides: What it changes in the recipe, by dotted key.
+        seeds: Seeds to train it with; empty for those of the matrix.
+    """
+
+    name: str
+    overrides: Mapping[str, Any]
+    seeds: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Variants of one recipe, to be trained beside each other and measured on the same samples.
+
+    In YAML a mapping: each key is a variant, its value a mapping of overrides, by dotted key or nested. The
+    key `seeds`, of the matrix or of a variant, is a list of seeds.
+
+    Args:
+        variants: At least one.
+        seeds: Seeds to train each with; empty for the recipe's own.
+
+    Example:
+        >>> recipe = Recipe.from_yaml('''
+        ... name: gates
+        ... matrix:
+        ...   seeds: [0, 1]
+        ...   channel: {}
+        ...   head: {model.gate: head, seeds: [0]}
+        ... ''')
+        >>> recipe.variant("head").model.gate
+        'head'
+        >>> [(variant.name, variant.seeds) for variant in recipe.matrix.variants]
+        [('channel', ()), ('head', (0,))]
+    """
+
+    variants: tuple[Variant, ...]
+    seeds: tuple[int, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The variants' names."""
+        return tuple(variant.name for variant in self.variants)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the matrix as the mapping that it is read from."""
+        values: dict[str, Any] = {"seeds": list(self.seeds)} if self.seeds else {}
+        for variant in self.variants:
+            own = {key: _write_value(value) for key, value in variant.overrides.items()}
+            values[variant.name] = own | ({"seeds": list(variant.seeds)} if variant.seeds else {})
+        return values
+
+    def with_overrides(self, overrides: Mapping[str, Any]) -> Matrix:
+        """Return the matrix of a recipe whose `overrides` are meant for all variants: theirs give way."""
+        variants = []
+        for variant in self.variants:
+            own = {
+                key: value
+                for key, value in variant.overrides.items()
+                if not any(key == name or key.startswith(f"{name}.") for name in overrides)
+            }
+            # Of a list that the variant has anew, such as `data`, an entry has to be set again.
+            again = {n: v for n, v in overrides.items() if any(n.startswith(f"{key}.") for key in own)}
+            variants.append(dataclasses.replace(variant, overrides=own | again))
+        return dataclasses.replace(self, variants=tuple(variants))
+
+
+def _read_matrix(value: Any, key: str) -> Matrix:
+    if not isinstance(value, Mapping):
+        raise _fail(key, value, "give a mapping of variants, as in {no-conv: {model.use_conv: false}}.")
+    seeds: tuple[int, ...] = ()
+    variants: list[Variant] = []
+    for name, overrides in value.items():
+        if name == "seeds":
+            seeds = _read_seeds(overrides, f"{key}.seeds")
+            continue
+        variants.append(_read_variant(name, {} if overrides is None else overrides, key))
+    if not variants:
+        raise _FieldError(key, "names no variant; give at least one, or leave the matrix out.")
+    lowered = [variant.name.lower() for variant in variants]
+    for variant in variants:  # some file systems do not tell them apart
+        if lowered.count(variant.name.lower()) > 1:
+            raise _FieldError(f"{key}.{variant.name}", "another variant has that name but for its capitals.")
+    return Matrix(tuple(variants), seeds)
+
+
+def _read_variant(name: Any, overrides: Any, key: str) -> Variant:
+    if not isinstance(name, str) or not _VARIANT_NAME.fullmatch(name):
+        raise _fail(
+            key,
+            name,
+            "a variant names a folder: letters, digits, '-', '_' and '.', at most 64, none but a letter or "
+            "digit first.",
+        )
+    place = f"{key}.{name}"
+    if name.lower() in _TAKEN_NAMES or name.lower().endswith((".training", ".md", ".json")):
+        raise _FieldError(place, "is what a matrix keeps beside its students; use another name.")
+    if re.search(r"-seed\d+$", name):
+        raise _FieldError(place, "such endings are for the students of other seeds; use another name.")
+    if not isinstance(overrides, Mapping):
+        raise _fail(place, overrides, "give a mapping of overrides, as in {model.use_conv: false}, or {}.")
+    flat = dotted_keys(overrides)
+    seeds = _read_seeds(flat.pop("seeds"), f"{place}.seeds") if "seeds" in flat else ()
+    for field in flat:
+        top = str(field).partition(".")[0]
+        if top in _NOT_OF_A_VARIANT:
+            raise _FieldError(f"{place}.{field}", f"{_NOT_OF_A_VARIANT[top]}.")
+    return Variant(name, {str(field): value for field, value in flat.items()}, seeds)
+
+
+def _read_seeds(value: Any, key: str) -> tuple[int, ...]:
+    seeds: tuple[int, ...] = _read(value, tuple[int, ...], key)
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise _fail(key, list(seeds), "give at least one seed, each once and 0 or more.")
+    return seeds
+
+
 @dataclass(frozen=True)
 class Recipe(_Settings):
     """Every choice of a distillation run, checked when it is made.
@@ -669,6 +823,7 @@ class Recipe(_Settings):
         recovery: Stage 2.
         checkpoint: When training state is saved.
         evaluation: What is measured after training.
+        matrix: Variants of this recipe, for `lawcat.distill.matrix.linearize_matrix`.
 
     Raises:
         ConfigurationError: for an unknown key, a value of the wrong type or out of range, or a contradiction,
@@ -697,6 +852,7 @@ class Recipe(_Settings):
     recovery: RecoverySettings = RecoverySettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    matrix: Matrix | None = None
 
     def _check(self) -> None:
         if not self.name.strip():
@@ -722,6 +878,39 @@ class Recipe(_Settings):
                     f"data.{i}.path",
                     "is missing; without a source of provider text, needles need prose of their own.",
                 )
+        for variant in self.matrix.variants if self.matrix is not None else ():
+            try:
+                self._resolved(variant)
+            except _FieldError as error:
+                raise error.under(f"matrix.{variant.name}") from None
+
+    def variant(self, name: str, seed: int | None = None) -> Recipe:
+        """Return the recipe of one variant of the matrix.
+
+        Args:
+            name: The variant's name.
+            seed: Its seed; `None` for the recipe's own.
+
+        Returns:
+            A recipe without a matrix, named after both.
+
+        Raises:
+            ConfigurationError: if there is no such variant.
+        """
+        names = self.matrix.names if self.matrix is not None else ()
+        if self.matrix is None or name not in names:
+            there = f"there are {', '.join(names)}" if names else "the recipe has no matrix"
+            raise ConfigurationError(
+                f"There is no variant {name!r} in the recipe {self.name!r}; {there}."
+                f"{did_you_mean(name, names)}"
+            )
+        recipe = self._resolved(self.matrix.variants[names.index(name)])
+        return recipe if seed is None else dataclasses.replace(recipe, seed=seed)
+
+    def _resolved(self, variant: Variant) -> Recipe:
+        values = dataclasses.replace(self, matrix=None).to_dict()
+        values["name"] = f"{self.name}/{variant.name}"
+        return _overridden(values, variant.overrides)
 
     def prose_sources(self, needle: DataSource) -> tuple[DataSource, ...]:
         """Return what names the prose of a needle source: itself if it has a path, else the text sources."""
@@ -846,16 +1035,32 @@ class Recipe(_Settings):
             >>> Recipe(name="mine").with_overrides({"evaluation.lengths": "512,1024"}).evaluation.lengths
             (512, 1024)
         """
+        for key in overrides:
+            if key.partition(".")[0] == "matrix":
+                raise ConfigurationError(
+                    f"{key}: a matrix is changed in the recipe's file; other fields, set here, hold for all "
+                    "variants, and variants are chosen by name."
+                )
         values = self.to_dict()
-        for key, value in overrides.items():
-            try:
-                _override(Recipe, values, key.split("."), value)
-            except _FieldError as error:
-                raise ConfigurationError(str(error)) from None
-        _drop_ineffective(Recipe, values, frozenset(overrides))
-        return Recipe.from_dict(values)
+        values.pop("matrix", None)
+        try:
+            recipe = _overridden(values, overrides)
+            if self.matrix is not None:
+                recipe = dataclasses.replace(recipe, matrix=self.matrix.with_overrides(overrides))
+        except _FieldError as error:
+            raise ConfigurationError(str(error)) from None
+        return recipe
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the recipe's canonical JSON: equal for equal recipes, on any machine."""
         canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _overridden(values: dict[str, Any], overrides: Mapping[str, Any]) -> Recipe:
+    """Return the recipe of `values`, which are changed, with other values for some dotted keys."""
+    for key, value in overrides.items():
+        _override(Recipe, values, key.split("."), value)
+    _drop_ineffective(Recipe, values, frozenset(overrides))
+    recipe: Recipe = _build(Recipe, values)
+    return recipe
