@@ -60,6 +60,7 @@ class Task(ABC):
     A subclass sets `name`, `metrics` (headline first), `default_options` and, whenever its prompts change, a
     new `version`, so that answers kept from before are not taken for answers to the new prompts. `uses_prose`
     says that the user's own text, where one is given, should surround the answer (option `haystack`).
+    `has_zero_length` says that a nominal length of 0 means something: the question without text around it.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Task(ABC):
     default_options: ClassVar[Mapping[str, Any]] = {}
     version: ClassVar[int] = 1
     uses_prose: bool = False
+    has_zero_length: bool = False
 
     @abstractmethod
     def generate(
