@@ -92,11 +92,18 @@ def linearize(
     ] = None,
     evaluate: Annotated[bool, typer.Option(help="Measure teacher and student as the recipe says.")] = True,
     tensorboard: Annotated[bool, typer.Option(help="Also write TensorBoard files.")] = False,
+    variant: Annotated[
+        str | None, typer.Option(help="Of a recipe with a matrix, only these: no-conv,no-gate.")
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(help="Train with each of these seeds, into OUT/<variant>-seed1 ...: 0,1,2."),
+    ] = None,
 ) -> None:
-    """Convert TEACHER and distil it. Ctrl-C saves; the same command goes on."""
+    """Convert TEACHER and distil it; of a matrix every variant. Ctrl-C saves; the same command goes on."""
     from lawcat.cli.linearize import run_linearize
 
-    run_linearize(teacher, out, recipe, set_ or [], evaluate, tensorboard)
+    run_linearize(teacher, out, recipe, set_ or [], evaluate, tensorboard, variant, seeds)
 
 
 @app.command(name="eval")

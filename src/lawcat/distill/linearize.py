@@ -134,7 +134,7 @@ def linearize(
         if not workers.is_main:  # one display; the others also find done what the first fetches and converts
             progress, message = None, _silent
             workers.wait()
-        source = resolve_teacher(teacher, progress=message, check_config=_check_config(settings))
+        source = resolve_teacher(teacher, progress=message, check_config=check_config(settings))
         if workers.is_main:
             workers.wait()
         identity = {"teacher": source.fingerprint, "recipe": settings.fingerprint()}
@@ -297,7 +297,7 @@ def _finish(run: _Run, directory: Path, trained: _Trained, fields: dict[str, Any
     remove_directory(run.training)
 
 
-def _check_config(recipe: Recipe) -> Callable[[Any], None]:
+def check_config(recipe: Recipe) -> Callable[[Any], None]:
     """Return what refuses a teacher by its configuration, before its weights are fetched."""
 
     def check(config: Any) -> None:
