@@ -17,7 +17,8 @@ from lawcat.tasks import (
     held_out,
     niah_training_pair,
 )
-from lawcat.tasks.niah import DEPTHS, _context, draw_needle
+from lawcat.tasks.context import DEPTHS, prose_context
+from lawcat.tasks.needle import NeedleForm, draw_needles
 from lawcat.tasks.sample import sample_rng
 
 ALL = [NIAH_SINGLE_1, NIAH_SINGLE_2, NIAH_SINGLE_3]
@@ -49,9 +50,11 @@ def test_noise_prompt_is_rulers(tokenizer):
 )
 def test_prose_keeps_sentences_and_takes_the_needle_between_two(place, context):
     source = TextSource("three", "One is here.\n\nMr. Two  went. Three? Four.")
-    needle = draw_needle(sample_rng("x", 1, 0, 0), "uuids", "evaluation")
+    [[needle]] = draw_needles(sample_rng("x", 1, 0, 0), NeedleForm("uuids"), "evaluation")
     assert needle.sentence == f"One of the special magic uuids for {needle.key} is: {needle.value}."
-    assert _context(source, 7, needle, place) == context.replace("NEEDLE", needle.sentence)
+    assert prose_context(source).text(7, [needle.sentence], [place]) == context.replace(
+        "NEEDLE", needle.sentence
+    )
 
 
 def test_prose_prompt_is_rulers(tokenizer):
@@ -79,7 +82,8 @@ def test_values_have_rulers_form():
     rng = sample_rng("x", 1, 0, 0)
     for split in ("evaluation", "train"):
         for _ in range(100):
-            needles = [draw_needle(rng, kind, split) for kind in ("numbers", "words", "uuids")]
+            kinds = ("numbers", "words", "uuids")
+            needles = [draw_needles(rng, NeedleForm(kind), split)[0][0] for kind in kinds]
             number, word, identifier = (needle.value for needle in needles)
             assert re.fullmatch(r"[1-9]\d{6}", number)
             assert re.fullmatch(r"\S+-\S+", word)

@@ -4,17 +4,44 @@ Below both `distill` and `evaluation`: training and evaluation data are made by 
 values and seeds. Importing this package imports neither torch nor transformers.
 """
 
-from lawcat.tasks.haystack import TextSource, builtin_source, file_source, noise_source, resolve_source
-from lawcat.tasks.niah import NIAH_SINGLE_1, NIAH_SINGLE_2, NIAH_SINGLE_3, niah_training_pair
+from lawcat.tasks.haystack import (
+    TextSource,
+    builtin_source,
+    file_source,
+    hub_source,
+    noise_source,
+    resolve_source,
+)
+from lawcat.tasks.niah import (
+    NIAH_MULTIKEY_1,
+    NIAH_MULTIKEY_2,
+    NIAH_MULTIKEY_3,
+    NIAH_MULTIQUERY,
+    NIAH_MULTIVALUE,
+    NIAH_SINGLE_1,
+    NIAH_SINGLE_2,
+    NIAH_SINGLE_3,
+    niah_training_pair,
+)
 from lawcat.tasks.passkey import PASSKEY, passkey_text, passkey_training_pair
+from lawcat.tasks.recall import ASSOCIATIVE_RECALL, COPY
 from lawcat.tasks.sample import TASKS, Sample, Split, Task, encode_pair, get_task, held_out
+from lawcat.tasks.variable_tracking import VARIABLE_TRACKING
 
 __all__ = [
+    "ASSOCIATIVE_RECALL",
+    "COPY",
+    "NIAH_MULTIKEY_1",
+    "NIAH_MULTIKEY_2",
+    "NIAH_MULTIKEY_3",
+    "NIAH_MULTIQUERY",
+    "NIAH_MULTIVALUE",
     "NIAH_SINGLE_1",
     "NIAH_SINGLE_2",
     "NIAH_SINGLE_3",
     "PASSKEY",
     "TASKS",
+    "VARIABLE_TRACKING",
     "Sample",
     "Split",
     "Task",
@@ -24,6 +51,7 @@ __all__ = [
     "file_source",
     "get_task",
     "held_out",
+    "hub_source",
     "niah_training_pair",
     "noise_source",
     "passkey_text",

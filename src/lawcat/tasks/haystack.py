@@ -1,4 +1,4 @@
-"""The text around a needle: a noise sentence, files, or an excerpt that ships with the package."""
+"""The text around a needle: a noise sentence, files, a hub data set, or an excerpt that ships with us."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from functools import cached_property, lru_cache
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from lawcat.errors import DataError
+from lawcat.errors import DataError, MissingDependencyError
 
 NOISE_SENTENCE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 """The filler of passkey retrieval and of RULER's `noise` haystack."""
 
 BUILTIN_NAME = "emerson-excerpt"
+HUB_PREFIX = "hf:"
+MAX_HUB_CHARS = 64_000_000
+"""Where reading a data set stops: more text than any haystack takes."""
 
 _SUFFIXES = (".txt", ".md", ".jsonl")
 _COMPRESSED = (".gz", ".xz")
@@ -131,18 +134,79 @@ def file_source(pattern: str | os.PathLike[str]) -> TextSource:
     return TextSource(name, text)
 
 
+@lru_cache(maxsize=4)
+def hub_source(dataset: str) -> TextSource:
+    """Return the texts of a data set of the hub, in its order, up to 64 million characters.
+
+    Args:
+        dataset: `"owner/name"`, then if need be `":subset"`, `"@revision"` and `"#split"`, in this order,
+            such as `"deepmind/pg19#test"`. Without a split it is `"train"`. A commit as revision makes the
+            text reproducible. Rows hold it in a field `"text"`.
+
+    Returns:
+        The source, named `"hf:..."`. Texts are joined by an empty line.
+
+    Raises:
+        MissingDependencyError: if the package `datasets` is not installed.
+        DataError: if the name is malformed, the data set cannot be opened or read, or has no text.
+
+    Example:
+        >>> hub_source("baber/paul_graham_essays").words(3)  # doctest: +SKIP
+    """
+    match = re.fullmatch(
+        r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<subset>[^@#]+))?(?:@(?P<revision>[^#]+))?(?:#(?P<split>.+))?",
+        dataset,
+    )
+    if match is None:
+        raise DataError(
+            f"{HUB_PREFIX}{dataset} is not the name of a data set. Write {HUB_PREFIX}owner/name, and after "
+            "it if need be :subset, @revision and #split."
+        )
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingDependencyError("datasets", "distill", f"Reading the data set {dataset!r}") from error
+    texts: list[str] = []
+    num_chars = 0
+    try:
+        rows = datasets.load_dataset(
+            match["name"],
+            match["subset"],
+            split=match["split"] or "train",
+            revision=match["revision"],
+            streaming=True,
+        )
+        for row in rows:
+            texts.append(_text_of_row(row, dataset))
+            num_chars += len(texts[-1])
+            if num_chars > MAX_HUB_CHARS:
+                break
+    except DataError:
+        raise
+    except Exception as error:  # whatever the hub, the network or the data set's own code raises
+        raise DataError(
+            f"The data set {dataset!r} cannot be read: {error}. It takes a network, and a name, subset, "
+            "revision and split that exist. Without a network, give a text file or a glob, or no haystack at "
+            "all for the text that ships with lawcat."
+        ) from error
+    if not num_chars:
+        raise DataError(f"The data set {dataset!r} holds no text.")
+    return TextSource(f"{HUB_PREFIX}{dataset}", "\n\n".join(texts))
+
+
 def resolve_source(spec: str | os.PathLike[str] | TextSource | None) -> TextSource:
     """Return the source that an option's value stands for.
 
     Args:
-        spec: None or `"emerson-excerpt"` for the built-in prose, `"noise"` for the noise sentence, else a
-            path or glob for `file_source`. A source is returned as it is.
+        spec: None or `"emerson-excerpt"` for the built-in prose, `"noise"` for the noise sentence,
+            `"hf:owner/name"` for `hub_source`, else a path or glob for `file_source`. A source is returned as
+            it is.
 
     Returns:
         The source.
 
     Raises:
-        DataError: as `file_source`.
+        DataError: as `file_source` and `hub_source`.
 
     Example:
         >>> resolve_source("noise").name
@@ -154,6 +218,8 @@ def resolve_source(spec: str | os.PathLike[str] | TextSource | None) -> TextSour
         return builtin_source()
     if spec == "noise":
         return noise_source()
+    if isinstance(spec, str) and spec.startswith(HUB_PREFIX):
+        return hub_source(spec.removeprefix(HUB_PREFIX))
     return file_source(spec)
 
 
@@ -206,6 +272,17 @@ def _open(path: str, compression: str) -> IO[str]:
     if compression == ".xz":
         return io.TextIOWrapper(lzma.open(path, "rb"), encoding="utf-8-sig")
     return open(path, encoding="utf-8-sig")
+
+
+def _text_of_row(row: dict[str, Any], dataset: str) -> str:
+    text = row.get("text")
+    if not isinstance(text, str):
+        fields = [str(field) for field in row]
+        raise DataError(
+            f"The data set {dataset!r} has no text in a field 'text'; it has "
+            f"{', '.join(map(repr, fields))}. Save its text to a file, and give that."
+        )
+    return text
 
 
 def _text_of_line(line: str, path: str, number: int) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lawcat.errors import ConfigurationError, DataError
 from lawcat.tasks.haystack import NOISE_SENTENCE
+from lawcat.tasks.round_trip import require_round_trip
 from lawcat.tasks.sample import (
     Sample,
     Split,
@@ -115,6 +116,7 @@ class Passkey(Task):
         """Return one prompt; see the class for options and `Task.generate` for the rest."""
         check_length(length)
         chosen = self.resolve_options(options)
+        require_round_trip(tokenizer, ("numbers",))
         rng = sample_rng(self.name, length, index, seed, split)
         key = _draw_key(rng, split)
         depth = _draw_depth(chosen["depth"], index, rng)
@@ -177,9 +179,10 @@ def passkey_training_pair(
         The prompt and the answer `" {key}."`: tokenize them as one text (`encode_pair`).
 
     Raises:
-        DataError: if `max_tokens` cannot hold the question.
+        DataError: if `max_tokens` cannot hold the question, or the tokenizer cannot hold digits.
     """
     check_length(max_tokens)
+    require_round_trip(tokenizer, ("numbers",))
     rng = sample_rng("passkey", max_tokens, index, seed, "train")
     key = _draw_key(rng, "train")
     depth = rng.random()
