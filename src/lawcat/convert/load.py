@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 
 from lawcat.convert.adapter import Adapter, is_adapter
 from lawcat.convert.initialize import cast_teacher_weights, convert
-from lawcat.convert.pretrained import without_progress_bars
-from lawcat.convert.teacher import Progress, load_teacher
+from lawcat.convert.pretrained import complete_generation_config, without_progress_bars
+from lawcat.convert.teacher import Progress, load_teacher, load_tokenizer, resolve_teacher
 from lawcat.errors import CheckpointError, TeacherError
 from lawcat.files import MANIFEST_NAME, verify_manifest
 
@@ -43,6 +43,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     base: str | None = None,
+    tokenizer: str | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Load a student directory, an adapter (applied to its base), or any transformers causal model.
@@ -52,22 +53,32 @@ def load_model(
         dtype: Of the weights; the new parameters of a student stay float32. ``None``: as saved.
         device: Where to; ``None`` is the GPU if there is one.
         base: The teacher to apply an adapter to; ``None`` is the one it names.
+        tokenizer: Model or folder to take the tokenizer from; ``None`` is the model itself.
         progress: Called with a line of text before what takes long.
 
     Raises:
         CheckpointError: for a damaged student or adapter, or an adapter of another base.
-        TeacherError: for a model that cannot be found or read.
+        TeacherError: for a model that cannot be found or read, or that has no tokenizer.
     """
     place = torch.device(device) if device is not None else default_device()
     path = Path(name)
+    own = load_tokenizer(tokenizer, progress=progress) if tokenizer is not None else None
     if is_adapter(path):
-        return _load_adapter(path, dtype, place, base, progress)
+        return _load_adapter(path, dtype, place, base, own, progress)
     if _is_student(path):
-        return _load_student(path, dtype, place)
-    teacher = load_teacher(name, dtype=dtype, progress=progress)
+        return _load_student(path, dtype, place, own)
+    source = resolve_teacher(name, progress=progress)
+    try:
+        own = own or load_tokenizer(source)
+    except TeacherError as error:
+        raise TeacherError(
+            f"{error} Or name a model that has the same with --tokenizer (tokenizer=)."
+        ) from error
+    teacher = load_teacher(source, dtype=dtype, with_tokenizer=False, progress=progress)
+    complete_generation_config(teacher.model, own)
     is_student = getattr(teacher.model.config, "model_type", None) == "lawcat"  # from a hub
     kind: Kind = "student" if is_student else "teacher"
-    return LoadedModel(teacher.model.to(place).eval(), teacher.tokenizer, str(name), kind)
+    return LoadedModel(teacher.model.to(place).eval(), own, str(name), kind)
 
 
 def _is_student(path: Path) -> bool:
@@ -78,7 +89,9 @@ def _is_student(path: Path) -> bool:
         return (path / MANIFEST_NAME).is_file()
 
 
-def _load_student(path: Path, dtype: torch.dtype | None, device: torch.device) -> LoadedModel:
+def _load_student(
+    path: Path, dtype: torch.dtype | None, device: torch.device, tokenizer: Any | None
+) -> LoadedModel:
     from transformers import AutoTokenizer
 
     from lawcat.model.modeling_lawcat import LawcatForCausalLM
@@ -90,9 +103,16 @@ def _load_student(path: Path, dtype: torch.dtype | None, device: torch.device) -
             model, info = LawcatForCausalLM.from_pretrained(
                 path, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
             )
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"the student in {path} cannot be loaded: {error}") from error
+    if tokenizer is None:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(
+                f"the student in {path} has no tokenizer that can be loaded. Copy its files there, or name a "
+                "model that has the same with --tokenizer (tokenizer=)."
+            ) from error
     # transformers makes up what a file lacks, with a warning only.
     if lacking := sorted(info["missing_keys"]):
         raise CheckpointError(
@@ -106,6 +126,7 @@ def _load_adapter(
     dtype: torch.dtype | None,
     device: torch.device,
     base: str | None,
+    tokenizer: Any | None,
     progress: Progress | None,
 ) -> LoadedModel:
     adapter = Adapter.load(path)
@@ -122,7 +143,7 @@ def _load_adapter(
     adapter.apply(student)
     if dtype is not None:
         cast_teacher_weights(student, dtype)
-    return LoadedModel(student.to(device).eval(), teacher.tokenizer, str(path), "adapter")
+    return LoadedModel(student.to(device).eval(), tokenizer or teacher.tokenizer, str(path), "adapter")
 
 
 def default_device() -> torch.device:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from lawcat.evaluation.memory import cache_bytes
+from lawcat.model.configuration_lawcat import FULL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -174,8 +175,9 @@ def _prefill(
 
 
 def _makes_masks(model: PreTrainedModel) -> bool:
-    """Return whether a mask of tokens by tokens may be made: not where every layer is linear."""
-    return set(getattr(model.config, "layer_types", None) or ()) != {"linear_attention"}
+    """Return whether a mask of tokens by tokens may be made: in models of ours by softmax layers only."""
+    config = model.config
+    return config.model_type != "lawcat" or FULL in config.layer_types
 
 
 def _forward(

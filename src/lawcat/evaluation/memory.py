@@ -84,7 +84,11 @@ class MemoryPlan:
 
 
 def plan_memory(
-    model: PreTrainedModel, *, batch_tokens: int | None = None, prefill_chunk_tokens: int | None = None
+    model: PreTrainedModel,
+    *,
+    batch_tokens: int | None = None,
+    prefill_chunk_tokens: int | None = None,
+    probe: bool = True,
 ) -> MemoryPlan:
     """Return what fits on the model's device beside the model.
 
@@ -94,6 +98,7 @@ def plan_memory(
             state. On an accelerator what its memory holds, up to 256 rows.
         prefill_chunk_tokens: The user's choice; None takes what a quarter of the free memory holds, at most
             16,384 on a CPU and 131,072 elsewhere.
+        probe: Whether the model may be run to see what it keeps.
 
     Returns:
         The plan.
@@ -101,10 +106,11 @@ def plan_memory(
     device = model.get_input_embeddings().weight.device
     on_cpu = device.type == "cpu"
     free = free_bytes(device)
-    cache = measure_cache(model, _CPU_PROBE if on_cpu else _PROBE)
+    lengths = _CPU_PROBE if on_cpu else _PROBE
+    cache = measure_cache(model, lengths) if probe and batch_tokens is None else None
     is_constant = cache is not None and cache.token_bytes == 0
     if batch_tokens is not None:
-        chosen, cache = batch_tokens, None
+        chosen = batch_tokens
     elif on_cpu:
         chosen = _CPU_STATE_BATCH_TOKENS if is_constant else _CPU_BATCH_TOKENS
     else:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _FIRST_BUCKET = 64
+_TOKENS_AT_ONCE = 16_384
+_LOGITS_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,8 @@ def perplexity_by_position(
     *,
     length: int = 1024,
     max_windows: int | None = None,
-    batch_windows: int = 1,
-    chunk_tokens: int = 512,
+    batch_windows: int | None = None,
+    chunk_tokens: int | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> PerplexityResult:
     """Return how well a model predicts a text, by how much of it the model has seen.
@@ -119,8 +121,9 @@ def perplexity_by_position(
         text: What to predict.
         length: Tokens of a window, special tokens included, at least 2.
         max_windows: Most windows to read; None reads all.
-        batch_windows: Windows read at once.
-        chunk_tokens: Tokens read at once.
+        batch_windows: Windows read at once. None is one on a CPU, and elsewhere those of 16,384 tokens.
+        chunk_tokens: Tokens of a window read at once. None is 512 on a CPU, 2,048 elsewhere, and less where
+            several windows are read at once or their logits would take more than a gigabyte.
         progress: Called with windows read and windows in all.
 
     Returns:
@@ -138,6 +141,9 @@ def perplexity_by_position(
     ):
         if value is not None and value < least:
             raise ConfigurationError(f"{what} is {value}; it must be at least {least}.")
+    on_cpu = model.get_input_embeddings().weight.device.type == "cpu"
+    batch_windows = batch_windows or (1 if on_cpu else max(1, _TOKENS_AT_ONCE // length))
+    chunk_tokens = chunk_tokens or _chunk_tokens(model, batch_windows, 512 if on_cpu else 2048)
     source = text if isinstance(text, TextSource) else TextSource("text", text)
     windows = _windows(tokenizer, source, length, max_windows)  # [W, T]
     sums = torch.zeros(length, dtype=torch.float64)
@@ -154,6 +160,12 @@ def perplexity_by_position(
         if training:
             model.train()
     return PerplexityResult(length, len(windows), _buckets(sums, len(windows)), source.describe())
+
+
+def _chunk_tokens(model: PreTrainedModel, batch_windows: int, most: int) -> int:
+    logits_bytes = 8 * model.get_input_embeddings().weight.shape[0]
+    fitting = min(_LOGITS_BYTES // logits_bytes, _TOKENS_AT_ONCE)
+    return int(max(1, min(most, fitting // batch_windows)))
 
 
 def _windows(

@@ -41,6 +41,8 @@ class SampleRecord:
         prompt_tail: Its last 200.
         error: What went wrong, or None.
         metadata: The sample's own.
+        rules: Headline score of each rule of the task on this sample, by the rule's name.
+        state_bytes: What the model kept of this sequence after its prompt; None where that is unknown.
     """
 
     key: str
@@ -61,6 +63,8 @@ class SampleRecord:
     prompt_tail: str
     error: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    rules: dict[str, float] = field(default_factory=dict)
+    state_bytes: int | None = None
 
     @property
     def score(self) -> float:
