@@ -13,7 +13,7 @@ from transformers import initialization as init
 
 from lawcat.convert.families import family_of
 from lawcat.errors import ConfigurationError, TeacherError, did_you_mean
-from lawcat.model.configuration_lawcat import FULL, LINEAR, OPERATOR_FIELDS, LawcatConfig
+from lawcat.model.configuration_lawcat import FULL, LINEAR, OPERATOR_FIELDS, SLIDING, LawcatConfig
 from lawcat.model.modeling_lawcat import NEW_MODULES, LawcatForCausalLM
 
 # What has no effect in greedy decoding.
@@ -63,13 +63,18 @@ def is_new_parameter(name: str) -> bool:
 
 
 def student_config(
-    teacher_config: Any, *, softmax_layers: tuple[int, ...] = (), **operator: Any
+    teacher_config: Any,
+    *,
+    softmax_layers: tuple[int, ...] = (),
+    sliding_layers: tuple[int, ...] = (),
+    **operator: Any,
 ) -> LawcatConfig:
     """Return the configuration of a teacher's student.
 
     Args:
         teacher_config: The teacher's transformers configuration.
         softmax_layers: Layers, counted from 0, that keep the teacher's softmax attention.
+        sliding_layers: Layers that keep it over a window (``sliding_window``, ``num_sinks``) only.
         operator: Fields of the operator (``OPERATOR_FIELDS``).
 
     Raises:
@@ -84,17 +89,21 @@ def student_config(
                 f"Fields: {', '.join(OPERATOR_FIELDS)}."
             )
     num_layers = teacher_config.num_hidden_layers
-    outside = [layer for layer in softmax_layers if not 0 <= layer < num_layers]
-    if outside:
-        raise ConfigurationError(
-            f"softmax layer {outside[0]} does not exist: the teacher has layers 0 to {num_layers - 1}."
-        )
+    kinds = [LINEAR] * num_layers
+    for what, kind, layers in (("softmax", FULL, softmax_layers), ("sliding", SLIDING, sliding_layers)):
+        for layer in layers:
+            if not 0 <= layer < num_layers:
+                raise ConfigurationError(
+                    f"{what} layer {layer} does not exist: the teacher has layers 0 to {num_layers - 1}."
+                )
+            if kinds[layer] not in (LINEAR, kind):
+                raise ConfigurationError(
+                    f"layer {layer} is named among softmax and sliding layers; leave one."
+                )
+            kinds[layer] = kind
     fields = {name: getattr(teacher_config, name) for name in family.fields if hasattr(teacher_config, name)}
-    layer_types = [FULL if layer in softmax_layers else LINEAR for layer in range(num_layers)]
     try:
-        return LawcatConfig(
-            teacher_model_type=family.model_type, layer_types=layer_types, **fields, **operator
-        )
+        return LawcatConfig(teacher_model_type=family.model_type, layer_types=kinds, **fields, **operator)
     except (ValueError, StrictDataclassError) as error:
         raise ConfigurationError(str(error.__cause__ or error)) from error
 
@@ -103,6 +112,7 @@ def convert(
     teacher: PreTrainedModel,
     *,
     softmax_layers: tuple[int, ...] = (),
+    sliding_layers: tuple[int, ...] = (),
     seed: int = 0,
     **operator: Any,
 ) -> tuple[LawcatForCausalLM, ConversionReport]:
@@ -114,6 +124,7 @@ def convert(
     Args:
         teacher: A causal language model of a supported family, unquantized.
         softmax_layers: Layers, counted from 0, that keep the teacher's softmax attention.
+        sliding_layers: Layers that keep it over a window only.
         seed: For the gate's random first matrix.
         operator: Fields of the operator; see ``LawcatConfig``.
 
@@ -132,13 +143,15 @@ def convert(
         >>> report.names("dropped")
         []
     """
-    config = student_config(teacher.config, softmax_layers=softmax_layers, **operator)
+    config = student_config(
+        teacher.config, softmax_layers=softmax_layers, sliding_layers=sliding_layers, **operator
+    )
     with torch.random.fork_rng(devices=[]):
         with init.no_init_weights():
             student = LawcatForCausalLM(config)
         torch.manual_seed(seed)
         for module in student.modules():
-            if type(module).__name__ in ("CausalConvolution", "FeatureMap", "DecayGate"):
+            if type(module).__name__ in ("CausalConvolution", "FeatureMap", "DecayGate", "SlidingWindow"):
                 module.reset_parameters()
 
     # Tied weights are one tensor of two names; it counts under the first.
@@ -166,6 +179,39 @@ def convert(
         + tuple(TensorReport(name, tuple(places[name].shape), "created") for name in created)
     )
     return student, report
+
+
+def sliding_window_teacher(teacher: PreTrainedModel, *, window: int, num_sinks: int = 4) -> LawcatForCausalLM:
+    """Return the teacher with a sliding window of softmax attention in each layer, without any training.
+
+    A baseline: constant memory, and nothing learned. Positions are StreamingLLM's: those within the window
+    are relative as ever, and a sink is never farther away than ``num_sinks + window - 1``. Up to
+    ``num_sinks + window`` tokens the model computes what the teacher does.
+
+    Args:
+        teacher: A causal language model of a supported family, unquantized. Its tensors are shared.
+        window: Tokens that a token sees, itself among them; at least 1.
+        num_sinks: First tokens of each sequence that are seen besides, for ever.
+
+    Returns:
+        The model, in evaluation mode and in the teacher's dtype; nothing of it requires gradients.
+
+    Raises:
+        TeacherError: when the teacher is not supported.
+        ConfigurationError: for a window below 1 or a negative number of sinks.
+
+    Source: the baseline of arXiv 2608.28444; StreamingLLM (arXiv 2309.17453).
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> small = LlamaConfig(vocab_size=10, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        ...     num_attention_heads=2)
+        >>> sliding_window_teacher(LlamaForCausalLM(small), window=64).config.layer_types
+        ['sliding_attention']
+    """
+    layers = tuple(range(teacher.config.num_hidden_layers))
+    model, _ = convert(teacher, sliding_layers=layers, sliding_window=window, num_sinks=num_sinks)
+    return model
 
 
 def _generation_config(teacher: PreTrainedModel) -> GenerationConfig:

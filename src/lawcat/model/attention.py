@@ -1,5 +1,7 @@
 """The attention of a lawcat model: the teacher's projections, then linear attention or the teacher's softmax.
 
+A window of softmax attention, inside a linear layer or alone, is in ``window.py``.
+
 Legend: B batch, T tokens, H query heads, G kv heads, N state heads (H, or G with ``state_heads="kv"``),
 D head width, F feature width, K convolution taps.
 """
@@ -17,15 +19,17 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager
 from ..ops.backend import gated_linear_attention
 from ..ops.precision import without_autocast
 from ..ops.step import gated_linear_attention_step
-from .cache import LinearAttentionState
-from .configuration_lawcat import LINEAR, LawcatConfig
+from ..ops.window import gated_linear_attention_sums
+from .cache import LinearAttentionState, SlidingWindowState
+from .configuration_lawcat import FULL, LINEAR, SLIDING, LawcatConfig
 from .convolution import CausalConvolution
 from .feature_map import FeatureMap
 from .gate import DecayGate
+from .window import Near, SlidingWindow
 
 
 class LawcatAttention(nn.Module):
-    """One layer's attention; ``is_linear`` says which of the two. The model's ``teacher_mode`` switches it.
+    """One layer's attention; ``kind``, a layer type, says which. The model's ``teacher_mode`` switches it.
 
     Args:
         config: The model's configuration.
@@ -46,19 +50,26 @@ class LawcatAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout or 0.0
         self.is_causal = True
-        self.is_linear = config.layer_types[layer_idx] == LINEAR
+        self.kind = config.layer_types[layer_idx]
 
         hidden, bias = config.hidden_size, config.attention_bias
         self.q_proj = nn.Linear(hidden, self.num_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden, self.num_kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden, self.num_kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden, bias=bias)
+        self.window: SlidingWindow | None = None
+        if config.sliding_window is not None and self.kind != FULL:
+            self.window = SlidingWindow(config, has_scale=self.is_linear)
         if not self.is_linear:
             return
         if config.use_conv:
             self.q_conv = CausalConvolution(self.num_heads, self.head_dim, config.conv_kernel_size)
             self.k_conv = CausalConvolution(self.num_state_heads, self.head_dim, config.conv_kernel_size)
-        self.feature_map = FeatureMap(self.num_state_heads, self.head_dim, config.feature_dim)
+        if config.feature_map == "tied":
+            self.feature_map = FeatureMap(self.num_state_heads, self.head_dim, config.feature_dim)
+        else:
+            self.q_feature_map = FeatureMap(self.num_heads, self.head_dim, config.feature_dim)
+            self.k_feature_map = FeatureMap(self.num_state_heads, self.head_dim, config.feature_dim)
         if config.gate != "none":
             self.decay_gate = DecayGate(
                 hidden,
@@ -69,6 +80,16 @@ class LawcatAttention(nn.Module):
                 min_log_decay=config.min_log_decay,
                 bias_init=config.gate_bias_init,
             )
+
+    def new_modules(self) -> list[str]:
+        """Return the names of the modules with parameters that the teacher's attention does not have."""
+        names = {name.split(".")[0] for name, _ in self.named_parameters()}
+        return sorted(names - {"q_proj", "k_proj", "v_proj", "o_proj"})
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether this layer computes linear attention now."""
+        return self.kind == LINEAR
 
     def forward(
         self,
@@ -83,15 +104,18 @@ class LawcatAttention(nn.Module):
         Args:
             hidden_states: [B, T, hidden], normalised.
             position_embeddings: cos and sin of the rotary embedding; used by softmax and by ``linear_rope``.
-            attention_mask: Linear: [B, T], 1 for tokens and 0 for padding. Softmax: as transformers makes it.
+            attention_mask: Linear and sliding: [B, T], 1 for tokens and 0 for padding. Softmax: as
+                transformers makes it.
             past_key_values: The cache, read and updated.
             kwargs: Handed to the softmax attention function.
         """
         q, k, v = self.project(hidden_states)
         weights = None
-        if self.is_linear:
-            state = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        state = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        if self.kind == LINEAR:
             output = self.linear_attention(hidden_states, q, k, v, position_embeddings, attention_mask, state)
+        elif self.kind == SLIDING:
+            output = self.sliding_attention(q, k, v, position_embeddings, attention_mask, state)
         else:
             output, weights = self.softmax_attention(
                 q, k, v, position_embeddings, attention_mask, past_key_values, **kwargs
@@ -121,23 +145,32 @@ class LawcatAttention(nn.Module):
         """
         config = self.config
         with without_autocast(x):
+            keep = None if mask is None else mask[:, -x.shape[1] :, None, None].to(q.dtype)
+            log_decay = self._log_decay(x)  # (5) [B, T, G, F or 1]
+            if keep is not None:
+                log_decay = log_decay * keep
+            near = None
+            if self.window is not None:
+                decays = None if config.gate == "none" else log_decay
+                near = self.window.read(q, k, v, position_embeddings, mask, state, decays)
+                v = near.values  # the state takes in what leaves the window
             if config.linear_rope:
                 assert position_embeddings is not None
                 q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
-            log_decay = self._log_decay(x)  # (5) [B, T, G, F or 1]
-            k, v, log_decay = (self._repeat_to_state_heads(t) for t in (k, v, log_decay))  # (2) [B, T, N, .]
-            keep = None if mask is None else mask[:, -x.shape[1] :, None, None].to(q.dtype)
             if keep is not None:
-                q, k, log_decay = q * keep, k * keep, log_decay * keep
+                q, k = q * keep, k * keep
+            k, v, log_decay = (self._repeat_to_state_heads(t) for t in (k, v, log_decay))  # (2) [B, T, N, .]
             q_inputs = k_inputs = None
             if config.use_conv:  # (3)
                 q, q_inputs = self.q_conv(q, None if state is None else state.q_inputs)
                 k, k_inputs = self.k_conv(k, None if state is None else state.k_inputs)
-            q, k = self.feature_map(q), self.feature_map(k)  # (4) [B, T, H, F], [B, T, N, F]
-            if keep is not None:
+            q, k = self._features(q, k)  # (4) [B, T, H, F], [B, T, N, F]
+            if near is not None:
+                k = self._leave_window(k, near, state)
+            elif keep is not None:
                 k = k * keep
             before = None if state is None else state.recurrent
-            output, after = self._read_and_update(q, k, v, log_decay, before)  # (6)
+            output, after = self._read_and_update(q, k, v, log_decay, before, near)  # (6)
             if state is not None:
                 state.store(after, q_inputs, k_inputs, num_tokens=x.shape[1])
         return output
@@ -155,10 +188,31 @@ class LawcatAttention(nn.Module):
             return t
         return t[:, :, :, None].expand(-1, -1, -1, repeats, -1).flatten(2, 3)
 
+    def _features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        if self.config.feature_map == "tied":
+            return self.feature_map(q), self.feature_map(k)
+        return self.q_feature_map(q), self.k_feature_map(k)
+
+    def _leave_window(self, features: Tensor, near: Near, state: LinearAttentionState | None) -> Tensor:
+        """Return the features [B, T, N, F] that leave the window as those given come."""
+        assert self.window is not None
+        leaving = self.window.leave(features * near.enters, state)
+        if near.log_decay is None:
+            return leaving
+        return leaving * self._repeat_to_state_heads(near.log_decay.exp())
+
     def _read_and_update(
-        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, near: Near | None
     ) -> tuple[Tensor, Tensor]:
         normalize, eps = self.config.use_normalizer, self.config.normalizer_eps
+        if near is not None:
+            far, after = gated_linear_attention_sums(
+                q, k, v, log_decay, initial_state=state, min_log_decay=self.config.min_log_decay
+            )
+            output = near.sums.numerator + far.numerator
+            if normalize:
+                output = output / (near.sums.denominator + far.denominator + eps)
+            return output.to(v.dtype), after
         if q.shape[1] == 1 and state is not None:
             return gated_linear_attention_step(q, k, v, log_decay, state, normalize=normalize, eps=eps)
         return gated_linear_attention(
@@ -171,6 +225,24 @@ class LawcatAttention(nn.Module):
             eps=eps,
             min_log_decay=self.config.min_log_decay,
         )
+
+    def sliding_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None = None,
+        state: SlidingWindowState | None = None,
+    ) -> Tensor:
+        """Return the teacher's softmax attention over window and sinks, before ``o_proj`` [B, T, H, D]."""
+        assert self.window is not None
+        with without_autocast(q):
+            sums = self.window.read(q, k, v, position_embeddings, mask, state).sums
+            if state is not None:
+                state.count(q.shape[1])
+            # The largest weight is 1, but for tokens of padding, which see nothing.
+            return (sums.numerator / sums.denominator.clamp(min=1.0)).to(v.dtype)
 
     def softmax_attention(
         self,

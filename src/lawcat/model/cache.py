@@ -1,4 +1,5 @@
-"""What a lawcat model remembers between calls: a state a linear layer, keys and values a softmax layer."""
+"""What a lawcat model remembers between calls: a state a linear layer, keys and values a softmax layer, of
+which a sliding layer keeps the last and the first only."""
 
 # mypy is told to leave transformers out.
 # mypy: disallow-subclassing-any=False
@@ -7,39 +8,57 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from .configuration_lawcat import LINEAR, LawcatConfig
+from .configuration_lawcat import LINEAR, SLIDING, LawcatConfig
 
 
-class LinearAttentionState(CacheLayerMixin):
-    """The memory of one linear layer. Its tensors are replaced and never written to.
+class SlidingWindowState(CacheLayerMixin):
+    """The memory of a layer with a window, of one size. Its tensors are replaced and never written to.
+
+    The last w entries of several streams, oldest first and zeros before the first token; and the sinks.
 
     Attributes:
-        recurrent: The state S [B, N, F, D + 1] in float32, or None before the first token.
-        q_inputs: The last K - 1 inputs of q's convolution [B, H * D, K - 1], or None.
-        k_inputs: The same for k [B, N * D, K - 1].
+        window_keys: With their rotary embedding [B, w, G, D]; None before the first token, as all here.
+        window_values: [B, w, G, D].
+        window_is_visible: Which of these are there, and are neither padding nor sinks [B, w], bool.
+        window_features: Of the keys, which a linear layer's state takes in later [B, w, N, F] in float32.
+        window_log_decay: Of a linear layer's gate [B, w, G, F or 1] in float32.
+        sink_keys: The first tokens, zeros for those still to come [B, S, G, D].
+        sink_values: [B, S, G, D].
+        num_real: Tokens seen without padding [B], where there are sinks.
         num_tokens: Tokens seen, padding included.
     """
 
-    _TENSORS = ("recurrent", "q_inputs", "k_inputs")
+    _TENSORS: ClassVar[tuple[str, ...]] = (
+        "window_keys",
+        "window_values",
+        "window_is_visible",
+        "window_features",
+        "window_log_decay",
+        "sink_keys",
+        "sink_values",
+        "num_real",
+    )
 
     def __init__(self) -> None:
         super().__init__()
-        self.recurrent: Tensor | None = None
-        self.q_inputs: Tensor | None = None
-        self.k_inputs: Tensor | None = None
+        self.window_keys: Tensor | None = None
+        self.window_values: Tensor | None = None
+        self.window_is_visible: Tensor | None = None
+        self.window_features: Tensor | None = None
+        self.window_log_decay: Tensor | None = None
+        self.sink_keys: Tensor | None = None
+        self.sink_values: Tensor | None = None
+        self.num_real: Tensor | None = None
         self.num_tokens = 0
 
-    def store(
-        self, recurrent: Tensor, q_inputs: Tensor | None, k_inputs: Tensor | None, *, num_tokens: int
-    ) -> None:
-        """Take over the state after ``num_tokens`` more tokens."""
-        self.recurrent, self.q_inputs, self.k_inputs = recurrent, q_inputs, k_inputs
+    def count(self, num_tokens: int) -> None:
+        """Take note that ``num_tokens`` more were seen."""
         self.num_tokens += num_tokens
         self.is_initialized = True
 
@@ -60,14 +79,14 @@ class LinearAttentionState(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Refuse keys and values: this layer keeps none."""
-        raise TypeError("a linear attention layer keeps a state and no keys and values")
+        """Refuse keys and values: this layer keeps none that another could read."""
+        raise TypeError("this layer keeps a state of one size and no keys and values for others to read")
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse to forget the last tokens, unless there are none to forget."""
         if tokens_to_remove:
             raise ValueError(
-                "the state of linear attention cannot be taken back to an earlier token, which assisted "
+                "the state of this attention cannot be taken back to an earlier token, which assisted "
                 "generation needs. Keep a cache.fork() of the place to return to."
             )
 
@@ -91,7 +110,8 @@ class LinearAttentionState(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.recurrent = self.q_inputs = self.k_inputs = None
+        for name in self._TENSORS:
+            setattr(self, name, None)
         self.num_tokens, self.is_initialized = 0, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -105,6 +125,31 @@ class LinearAttentionState(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows."""
         self._map(lambda tensor: tensor[indices])
+
+
+class LinearAttentionState(SlidingWindowState):
+    """The memory of one linear layer, with a window or without.
+
+    Attributes:
+        recurrent: The state S [B, N, F, D + 1] in float32, or None before the first token.
+        q_inputs: The last K - 1 inputs of q's convolution [B, H * D, K - 1], or None.
+        k_inputs: The same for k [B, N * D, K - 1].
+    """
+
+    _TENSORS = ("recurrent", "q_inputs", "k_inputs", *SlidingWindowState._TENSORS)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent: Tensor | None = None
+        self.q_inputs: Tensor | None = None
+        self.k_inputs: Tensor | None = None
+
+    def store(
+        self, recurrent: Tensor, q_inputs: Tensor | None, k_inputs: Tensor | None, *, num_tokens: int
+    ) -> None:
+        """Take over the state after ``num_tokens`` more tokens."""
+        self.recurrent, self.q_inputs, self.k_inputs = recurrent, q_inputs, k_inputs
+        self.count(num_tokens)
 
 
 class LawcatCache(Cache):
@@ -128,13 +173,14 @@ class LawcatCache(Cache):
         super().__init__(layers=self._new_layers())
 
     def _new_layers(self) -> list[CacheLayerMixin]:
-        return [LinearAttentionState() if kind == LINEAR else DynamicLayer() for kind in self.layer_types]
+        kinds = {LINEAR: LinearAttentionState, SLIDING: SlidingWindowState}
+        return [kinds.get(kind, DynamicLayer)() for kind in self.layer_types]
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor held, named ``layer.<i>.<what>``."""
         named = {}
         for index, layer in enumerate(self.layers):
-            if isinstance(layer, LinearAttentionState):
+            if isinstance(layer, SlidingWindowState):
                 held = layer.tensors()
             else:
                 held = {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}
@@ -164,7 +210,7 @@ class LawcatCache(Cache):
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         for layer in self.layers:
-            if isinstance(layer, LinearAttentionState):
+            if isinstance(layer, SlidingWindowState):
                 layer._map(function)
             elif layer.is_initialized:
                 layer.keys, layer.values = function(layer.keys), function(layer.values)

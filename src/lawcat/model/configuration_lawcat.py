@@ -15,10 +15,12 @@ from transformers.configuration_utils import PreTrainedConfig
 from ..errors import ConfigurationError
 
 LINEAR = "linear_attention"
+SLIDING = "sliding_attention"
 FULL = "full_attention"
 
 # The fields of the operator that a user may choose; all others are the teacher's.
 OPERATOR_FIELDS = (
+    "feature_map",
     "feature_dim",
     "use_conv",
     "conv_kernel_size",
@@ -31,10 +33,13 @@ OPERATOR_FIELDS = (
     "min_log_decay",
     "linear_rope",
     "state_heads",
+    "sliding_window",
+    "num_sinks",
 )
 # Fields of ours, whose names are checked against typing errors.
 _OPERATOR_FIELDS = ("teacher_model_type", "layer_types", *OPERATOR_FIELDS)
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "feature_map": ("tied", "untied"),
     "gate": ("channel", "head", "none"),
     "gate_bias_init": ("zeros", "spread"),
     "state_heads": ("query", "kv"),
@@ -51,8 +56,10 @@ class LawcatConfig(PreTrainedConfig):
     Args:
         teacher_model_type: Family of the teacher, `"llama"` or `"mistral"`: a row of
             `lawcat.convert.families`.
-        layer_types: Per layer `"linear_attention"` or `"full_attention"` (the teacher's softmax attention
-            kept). `None` makes every layer linear.
+        layer_types: Per layer `"linear_attention"`, `"full_attention"` (the teacher's softmax attention
+            kept) or `"sliding_attention"` (that over the last `sliding_window` tokens and `num_sinks` sinks
+            only, in constant memory). `None` makes every layer linear.
+        feature_map: `"tied"`: one matrix a head for q and k alike. `"untied"`: one for each.
         feature_dim: Width F of the feature map's output, even. `None` means `head_dim`.
         use_conv: Causal convolution across tokens on q and k.
         conv_kernel_size: Number of taps K of that convolution, at least 2.
@@ -69,6 +76,10 @@ class LawcatConfig(PreTrainedConfig):
             that this prevents length generalisation.
         state_heads: `"query"`: a state a query head, as in the paper. `"kv"`: convolution, map and gate of k
             are per kv head, so that the state is smaller by the group size.
+        sliding_window: Tokens w, the present one among them, that linear layers weigh by the teacher's
+            softmax instead; older ones are weighed by the state, and both share one denominator. `None`: no
+            window. Padding between tokens takes up places in it. Layers of sliding attention need it too.
+        num_sinks: First tokens of each row that never leave the window.
 
     Raises:
         ConfigurationError: a `ValueError`, for a value outside what is stated above, naming the field, the
@@ -119,6 +130,7 @@ class LawcatConfig(PreTrainedConfig):
 
     # The operator's.
     layer_types: list[str] | None = None
+    feature_map: str = "tied"
     feature_dim: int | None = None
     use_conv: bool = True
     conv_kernel_size: int = 4
@@ -131,6 +143,8 @@ class LawcatConfig(PreTrainedConfig):
     min_log_decay: int | float = -2.5
     linear_rope: bool = False
     state_heads: str = "query"
+    sliding_window: int | None = None
+    num_sinks: int = 0
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name in kwargs:
@@ -186,8 +200,20 @@ class LawcatConfig(PreTrainedConfig):
         if layer_types is not None and len(layer_types) != layers:
             entries = len(layer_types)
             return f"layer_types has {entries} entries for num_hidden_layers={layers}; give one a layer."
-        if unknown := sorted(set(layer_types or ()) - {LINEAR, FULL}):
-            return f"layer_types holds {unknown[0]!r}; use {LINEAR!r} or {FULL!r}."
+        if unknown := sorted(set(layer_types or ()) - {LINEAR, SLIDING, FULL}):
+            return f"layer_types holds {unknown[0]!r}; use {LINEAR!r}, {SLIDING!r} or {FULL!r}."
+        if self.sliding_window is not None and self.sliding_window < 1:
+            window = self.sliding_window
+            return f"sliding_window={window} must be at least 1; for no window leave it out (None)."
+        if self.sliding_window is None and SLIDING in (layer_types or ()):
+            return f"layer_types holds {SLIDING!r}, which needs sliding_window, a number of tokens."
+        if self.num_sinks < 0:
+            return f"num_sinks={self.num_sinks} must be at least 0."
+        if self.num_sinks and self.sliding_window is None:
+            return (
+                f"num_sinks={self.num_sinks} has no effect without a window: set sliding_window to a number "
+                "of tokens, or num_sinks=0."
+            )
         if self.conv_kernel_size < 2:
             taps = self.conv_kernel_size
             return f"conv_kernel_size={taps} must be at least 2; for no convolution set use_conv=False."
@@ -201,4 +227,4 @@ class LawcatConfig(PreTrainedConfig):
         return None
 
 
-__all__ = ["FULL", "LINEAR", "LawcatConfig"]
+__all__ = ["FULL", "LINEAR", "SLIDING", "LawcatConfig"]

@@ -29,13 +29,14 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention import LawcatAttention
 from .cache import LawcatCache
-from .configuration_lawcat import FULL, LINEAR, LawcatConfig
+from .configuration_lawcat import FULL, LawcatConfig
 from .convolution import CausalConvolution
 from .feature_map import FeatureMap
 from .gate import DecayGate
+from .window import SlidingWindow
 
 # The parameters that lawcat adds to a teacher, by the attention module's attribute.
-NEW_MODULES = ("q_conv", "k_conv", "feature_map", "decay_gate")
+NEW_MODULES = ("q_conv", "k_conv", "feature_map", "q_feature_map", "k_feature_map", "decay_gate", "window")
 
 
 class LawcatDecoderLayer(GradientCheckpointingLayer):
@@ -88,7 +89,6 @@ class LawcatPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = False
     # The state cannot be taken back to an earlier token, which assisted generation would need.
     _is_stateful = True
-    _keep_in_fp32_modules_strict = list(NEW_MODULES)  # noqa: RUF012
     _can_record_outputs = {"hidden_states": LawcatDecoderLayer, "attentions": LawcatAttention}  # noqa: RUF012
 
     @torch.no_grad()
@@ -101,6 +101,8 @@ class LawcatPreTrainedModel(PreTrainedModel):
             init.normal_(module.reduce, mean=0.0, std=module.reduce.shape[1] ** -0.5)
             init.zeros_(module.expand)
             init.copy_(module.bias, module.initial_bias())
+        elif isinstance(module, SlidingWindow) and module.scale is not None:
+            init.copy_(module.scale, module.initial_value())
 
     def attention_modules(self) -> list[LawcatAttention]:
         """Return the attention of each layer, first layer first."""
@@ -108,7 +110,7 @@ class LawcatPreTrainedModel(PreTrainedModel):
 
     def present_layer_types(self) -> list[str]:
         """Return what each layer computes now: ``config.layer_types``, or all softmax in ``teacher_mode``."""
-        return [LINEAR if module.is_linear else FULL for module in self.attention_modules()]
+        return [module.kind for module in self.attention_modules()]
 
     def new_cache(self) -> LawcatCache:
         """Return an empty cache for the layers as they are now."""
@@ -133,14 +135,14 @@ class LawcatPreTrainedModel(PreTrainedModel):
         With untrained projections that is the teacher itself. A cache made outside does not fit inside.
         """
         modules = self.attention_modules()
-        types = [module.is_linear for module in modules]
+        kinds = self.present_layer_types()
         try:
             for module in modules:
-                module.is_linear = False
+                module.kind = FULL
             yield
         finally:
-            for module, is_linear in zip(modules, types, strict=True):
-                module.is_linear = is_linear
+            for module, kind in zip(modules, kinds, strict=True):
+                module.kind = kind
 
 
 class LawcatModel(LawcatPreTrainedModel):
@@ -157,6 +159,10 @@ class LawcatModel(LawcatPreTrainedModel):
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
+        # Those that this configuration has: transformers takes a name without a module for a mistake.
+        self._keep_in_fp32_modules_strict = {
+            name for module in self.attention_modules() for name in module.new_modules()
+        }
         self.post_init()
 
     @merge_with_config_defaults
@@ -177,7 +183,7 @@ class LawcatModel(LawcatPreTrainedModel):
             input_ids: Tokens [B, T], or give ``inputs_embeds`` [B, T, hidden].
             attention_mask: [B, past + T] or [B, T], 1 for tokens and 0 for (left) padding; or a dict by layer
                 type.
-            position_ids: [B, T]; used by softmax layers and ``linear_rope`` only.
+            position_ids: [B, T]; used by softmax, in layers of it and in windows, and by ``linear_rope``.
             past_key_values: A ``LawcatCache`` of what came before.
             use_cache: Keep and return a cache.
             kwargs: Handed to the softmax attention function.
@@ -199,7 +205,8 @@ class LawcatModel(LawcatPreTrainedModel):
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_tokens
             position_ids = position_ids.unsqueeze(0)
         masks = self._masks(attention_mask, inputs_embeds, position_ids, past_key_values)
-        needs_positions = self.config.linear_rope or FULL in masks
+        has_softmax = self.config.sliding_window is not None or FULL in masks
+        needs_positions = self.config.linear_rope or has_softmax
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids) if needs_positions else None
 
         hidden_states = inputs_embeds
@@ -230,14 +237,16 @@ class LawcatModel(LawcatPreTrainedModel):
                 raise ValueError(
                     f"attention_mask has no entry for {missing[0]!r}, which this model has layers of."
                 )
+            by_token = {kind: attention_mask[kind] for kind in types - {FULL}}
+            for mask in by_token.values():
+                if mask is not None and mask.ndim != 2:
+                    self._check_padding_mask(mask, 0, 0, is_hybrid=False)
             return {kind: attention_mask[kind] for kind in types}
-        masks: dict[str, Tensor | None] = {}
-        if LINEAR in types:
-            if attention_mask is not None:
-                tokens = inputs_embeds.shape[1]
-                past = 0 if past_key_values is None else past_key_values.get_seq_length()
-                self._check_padding_mask(attention_mask, tokens, past + tokens, is_hybrid=FULL in types)
-            masks[LINEAR] = attention_mask
+        masks: dict[str, Tensor | None] = dict.fromkeys(types - {FULL}, attention_mask)
+        if masks and attention_mask is not None:
+            tokens = inputs_embeds.shape[1]
+            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            self._check_padding_mask(attention_mask, tokens, past + tokens, is_hybrid=FULL in types)
         if FULL in types:
             masks[FULL] = create_causal_mask(
                 config=self.config,
@@ -324,7 +333,7 @@ class LawcatForCausalLM(LawcatPreTrainedModel, GenerationMixin):
         Args:
             input_ids: Tokens [B, T], or give ``inputs_embeds`` [B, T, hidden].
             attention_mask: [B, past + T] or [B, T], 1 for tokens and 0 for (left) padding.
-            position_ids: [B, T]; used by softmax layers and ``linear_rope`` only.
+            position_ids: [B, T]; used by softmax, in layers of it and in windows, and by ``linear_rope``.
             past_key_values: A ``LawcatCache`` of what came before.
             labels: Tokens [B, T] to predict, -100 where none; shifted here.
             use_cache: Keep and return a cache.
