@@ -4,6 +4,14 @@ Below both `distill` and `evaluation`: training and evaluation data are made by 
 values and seeds. Importing this package imports neither torch nor transformers.
 """
 
+from lawcat.tasks.babilong import (
+    BABILONG_QA1,
+    BABILONG_QA2,
+    BABILONG_QA3,
+    BABILONG_QA4,
+    BABILONG_QA5,
+    babilong_training_pair,
+)
 from lawcat.tasks.haystack import (
     TextSource,
     builtin_source,
@@ -30,6 +38,11 @@ from lawcat.tasks.variable_tracking import VARIABLE_TRACKING
 
 __all__ = [
     "ASSOCIATIVE_RECALL",
+    "BABILONG_QA1",
+    "BABILONG_QA2",
+    "BABILONG_QA3",
+    "BABILONG_QA4",
+    "BABILONG_QA5",
     "COPY",
     "NIAH_MULTIKEY_1",
     "NIAH_MULTIKEY_2",
@@ -46,6 +59,7 @@ __all__ = [
     "Split",
     "Task",
     "TextSource",
+    "babilong_training_pair",
     "builtin_source",
     "encode_pair",
     "file_source",

@@ -1,6 +1,7 @@
 """bAbI's little world: its facts, stories and questions as text.
 
-Source: Weston et al., "Towards AI-Complete Question Answering" (arXiv 1502.05698), tasks 1 to 5 of version 1.2.
+Source: Weston et al., "Towards AI-Complete Question Answering" (arXiv 1502.05698), tasks 1 to 5 of version
+    1.2.
 """
 
 from __future__ import annotations

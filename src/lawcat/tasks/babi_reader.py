@@ -12,9 +12,9 @@ from lawcat.tasks.haystack import TextSource, read_texts
 
 
 def find_babi_file(directory: str | os.PathLike[str], task: BabiTask) -> Path:
-    """Return the file of a task in a folder of bAbI: `qa2_*_train.txt`, or `qa2_*_test.txt` if only that is there.
+    """Return the file of a task in a folder of bAbI.
 
-    The training file comes first since BABILong is made of it.
+    That is `qa2_*_train.txt`, which BABILong is made of, or `qa2_*_test.txt` if only that is there.
 
     Args:
         directory: A folder of the published archive, such as `tasks_1-20_v1-2/en-10k`.

@@ -1,0 +1,530 @@
+"""BABILong: the facts of a bAbI story scattered over prose, and a question that needs one, two or three.
+
+Source: Kuratov et al., "BABILong" (arXiv 2406.10149), `babilong/babilong_utils.py`, `babilong/prompts.py`,
+    `babilong/metrics.py` and `data/create_tasks.py` of booydar/babilong.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakKeyDictionary
+
+from lawcat.errors import ConfigurationError, DataError
+from lawcat.tasks.babi import BABI_TASKS, GIVING_ACTORS, OBJECTS, PLACES, BabiTask, Story
+from lawcat.tasks.babi_reader import babi_source, parse_stories
+from lawcat.tasks.babi_simulator import simulate_story
+from lawcat.tasks.haystack import NOISE_SENTENCE, TextSource, resolve_source
+from lawcat.tasks.sample import (
+    Sample,
+    Split,
+    Task,
+    check_length,
+    choose,
+    count_tokens,
+    held_out,
+    register_task,
+    sample_rng,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_NEW_TOKENS = 20
+PROMPT_TOKENS = 300
+"""What BABILong sets aside of a nominal length for instruction, examples and question."""
+TOKENS_A_LINE = 8
+"""A length of L holds stories of at most (L - 300) / 8 lines, the question's included."""
+MIN_SENTENCE_TOKENS = 10
+
+_CUTS = (".", "<context>", "<example>")
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A story up to one of its questions."""
+
+    facts: tuple[str, ...]
+    text: str
+    answer: str
+    supports: tuple[int, ...]
+
+    @property
+    def num_lines(self) -> int:
+        return len(self.facts) + 1
+
+
+@dataclass(frozen=True)
+class _Context:
+    """Facts in their noise."""
+
+    text: str
+    fact_starts: tuple[int, ...]
+    num_sentences: int
+    repeats: int
+
+
+class BabiLong(Task):
+    """One task of BABILong: `babilong_qa1` to `babilong_qa5`.
+
+    A nominal length of L holds L - 300 tokens of facts and noise, and the prompt around them; 0 is the
+    benchmark's "0K", the facts alone. The benchmark's 1K means 1,000: write 1000, 2000, 4000 for its lengths
+    and 1k, 2k, 4k for powers of two. Stories too long for a length are left out as there, which above all
+    makes qa3 at 1K easier than the rest.
+
+    Options:
+        noise: The prose between the facts: None or `"emerson-excerpt"` for the built-in excerpt, `"noise"`
+            for the noise sentence, a `TextSource`, a path or a glob. BABILong takes PG19's test split.
+        babi: A folder of the published bAbI files, such as `tasks_1-20_v1-2/en-10k`: BABILong is made of
+            their `*_train.txt`. None makes new stories by the same rules; those of evaluation are never
+            those of training.
+        length_tokenizer: Name or path of the tokenizer that L is counted in: `"openai-community/gpt2"` for
+            the benchmark's own count. None takes the model's.
+
+    Metric:
+        accuracy: BABILong's. Of the labels in the first sentence of the answer, those of the question left
+            out, exactly the wanted one is there.
+
+    Args:
+        qa: bAbI's name of the task.
+    """
+
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
+    default_options: ClassVar[Mapping[str, Any]] = {"noise": None, "babi": None, "length_tokenizer": None}
+
+    def __init__(self, qa: BabiTask) -> None:
+        self.name = f"babilong_{qa}"
+        self.qa = qa
+        self.labels = _LABELS[qa]
+
+    def resolve_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return all options with defaults filled in, texts as `TextSource`."""
+        chosen = super().resolve_options(options)
+        chosen["noise"] = resolve_source(chosen["noise"])
+        if chosen["babi"] is not None and not isinstance(chosen["babi"], TextSource):
+            chosen["babi"] = babi_source(chosen["babi"], self.qa)
+        return chosen
+
+    def generate(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        length: int,
+        index: int,
+        seed: int,
+        *,
+        split: Split = "evaluation",
+        **options: Any,
+    ) -> Sample:
+        """Return one prompt; see the class for the options and `Task.generate` for the rest."""
+        room = _room(length)
+        chosen = self.resolve_options(options)
+        rng = sample_rng(self.name, length, index, seed, split)
+        most_lines = room // TOKENS_A_LINE if room else None
+        babi: TextSource | None = chosen["babi"]
+        if babi is None:
+            asked = _simulate(self.qa, rng, split, most_lines)
+        elif split == "train":
+            raise ConfigurationError(
+                "The published bAbI files are for evaluation. Leave the option babi out to make new stories."
+            )
+        else:
+            asked = _published(babi, most_lines, index, seed)
+        ruler = (
+            tokenizer if chosen["length_tokenizer"] is None else _load_tokenizer(chosen["length_tokenizer"])
+        )
+        noise_tokens = room - sum(_count_pieces(ruler, asked.facts)) if room else 0
+        context = _scatter(ruler, asked.facts, chosen["noise"].text, noise_tokens, rng)
+        prompt = babilong_prompt(self.qa, context.text, asked.text)
+        depth = context.fact_starts[min(asked.supports)] / len(context.text)
+        return Sample(
+            task=self.name,
+            length=length,
+            index=index,
+            seed=seed,
+            prompt=prompt,
+            answers=(asked.answer,),
+            max_new_tokens=MAX_NEW_TOKENS,
+            num_tokens=count_tokens(tokenizer, prompt),
+            depth=depth,
+            metadata={
+                "question": asked.text,
+                "facts": len(asked.facts),
+                "noise_sentences": context.num_sentences,
+                "haystack_repeats": context.repeats,
+                "stories": "simulated" if babi is None else babi.name,
+                "last_named": _last_named(self.qa, asked),
+            },
+        )
+
+    def score(self, sample: Sample, answer_text: str) -> dict[str, float]:
+        """Return `accuracy`; see the class.
+
+        Example:
+            >>> sample = Sample("babilong_qa1", 0, 0, 0, "", ("office",), 20, 9, None, {"question": "Where?"})
+            >>> BABILONG_QA1.score(sample, "Answer: The most recent location of John is office.")
+            {'accuracy': 1.0}
+        """
+        found = self._labels_in(sample, _first_sentence(answer_text))
+        return {"accuracy": float(found == {sample.answers[0].lower()})}
+
+    def is_answered(self, sample: Sample, answer_text: str) -> bool:
+        """Return whether the first sentence is over, or already holds a wrong label."""
+        if any(cut in answer_text.lower() for cut in _CUTS):
+            return True
+        return bool(self._labels_in(sample, answer_text.lower()) - {sample.answers[0].lower()})
+
+    def rule_answers(self, sample: Sample) -> dict[str, str]:
+        """Return the place that the facts name last, other than those in the question.
+
+        In qa5, which asks for people and objects, the last of those that the question's first word admits.
+        """
+        named = str(sample.metadata.get("last_named") or "")
+        rule = "last person or object named" if self.qa == "qa5" else "last place named"
+        return {rule: named} if named else {}
+
+    def _labels_in(self, sample: Sample, text: str) -> set[str]:
+        question = str(sample.metadata["question"]).lower()
+        return {label for label in self.labels if label in text and label not in question}
+
+
+_LABELS: dict[BabiTask, tuple[str, ...]] = {
+    "qa1": PLACES,
+    "qa2": PLACES,
+    "qa3": PLACES,
+    "qa4": PLACES,
+    "qa5": tuple(word.lower() for word in (*GIVING_ACTORS, *OBJECTS)),
+}
+
+BABILONG_QA1, BABILONG_QA2, BABILONG_QA3, BABILONG_QA4, BABILONG_QA5 = (
+    register_task(BabiLong(qa)) for qa in BABI_TASKS
+)
+
+
+def babilong_prompt(qa: BabiTask, context: str, question: str) -> str:
+    """Return BABILong's prompt, without a chat template.
+
+    Args:
+        qa: bAbI's name of the task.
+        context: Facts and noise.
+        question: The question.
+
+    Returns:
+        Instruction, examples, closing instruction, context and question.
+
+    Example:
+        >>> babilong_prompt("qa1", "Mary went to the office.", "Where is Mary?")[-79:]
+        '<context>\\nMary went to the office.\\n</context>\\n\\nQuestion: Where is Mary?'
+    """
+    prompts = _prompts()
+    template = str(prompts["template"])
+    prompt = template.format(context=context, question=question, **prompts[qa])
+    return prompt.strip()
+
+
+def babilong_training_pair(
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    index: int,
+    seed: int,
+    *,
+    qa: BabiTask,
+    text: str | None = None,
+) -> tuple[str, str]:
+    """Return a prompt in BABILong's form and its answer for training, of a story that no evaluation makes.
+
+    Half of the prompts are filled up with noise, an eighth has none, and the others have some. The same facts
+    with the same question are never in both, whatever the seeds; the published files are not looked at.
+
+    Args:
+        tokenizer: Measures the text.
+        max_tokens: Most tokens of `prompt + answer`, special tokens included.
+        index: Which example, from 0.
+        seed: The run's seed.
+        qa: `"qa1"` to `"qa5"`.
+        text: Prose for the noise, from a random place on; it must not be an evaluation's. None means the
+            noise sentence of passkey retrieval, again and again.
+
+    Returns:
+        The prompt and the answer in the form that the prompt asks for: tokenize them as one text
+        (`encode_pair`).
+
+    Raises:
+        ConfigurationError: for another task.
+        DataError: if `max_tokens` cannot hold a story of the task, or the text has no sentence of ten tokens.
+    """
+    check_length(max_tokens)
+    choose(qa, BABI_TASKS, "qa")
+    rng = sample_rng(f"babilong_{qa}", max_tokens, index, seed, "train")
+    most_lines = (max_tokens - _shortest_prompt(tokenizer, qa)) // 5
+    for _ in range(20):
+        if most_lines < 3:
+            break
+        asked = _simulate(qa, rng, "train", most_lines, max_stories=200)
+        answer = _training_answer(qa, asked)
+        plain = babilong_prompt(qa, " ".join(asked.facts), asked.text)
+        spare = max_tokens - count_tokens(tokenizer, plain + answer)
+        if spare < 0:
+            most_lines = len(asked.facts)
+            continue
+        share = rng.random()
+        noise_tokens = spare if share < 0.5 else round(spare * rng.random()) if share < 0.875 else 0
+        noise = NOISE_SENTENCE if text is None else text
+        while noise_tokens > 0:
+            context = _scatter(tokenizer, asked.facts, noise, noise_tokens, rng)
+            prompt = babilong_prompt(qa, context.text, asked.text)
+            excess = count_tokens(tokenizer, prompt + answer) - max_tokens
+            if excess <= 0:
+                return prompt, answer
+            noise_tokens -= excess
+        return plain, answer
+    raise DataError(
+        f"{max_tokens} tokens cannot hold BABILong's prompt of {qa} and a story: the prompt alone takes "
+        f"{_shortest_prompt(tokenizer, qa)}. Give at least {_shortest_prompt(tokenizer, qa) + 60} tokens."
+    )
+
+
+def _training_answer(qa: BabiTask, asked: _Question) -> str:
+    """Return the answer as the prompt's examples have it, on a line of its own."""
+    words = re.findall(r"\w+", asked.text)
+    if qa == "qa1":
+        said = f"The most recent location of {words[-1]} is {asked.answer}."
+    elif qa == "qa2":
+        said = f"The {words[-1]} is in the {asked.answer}."
+    elif qa == "qa3":
+        said = f"Before the {words[-1]} the {words[3]} was in the {asked.answer}."
+    else:
+        said = asked.answer
+    return f"\nAnswer: {said}"
+
+
+def _room(length: int) -> int:
+    """Return the tokens of facts and noise in a length, 0 for the facts alone."""
+    if length == 0 and not isinstance(length, bool):
+        return 0
+    room = check_length(length) - PROMPT_TOKENS
+    if room < 3 * TOKENS_A_LINE:
+        raise DataError(
+            f"BABILong sets {PROMPT_TOKENS} tokens aside for the prompt and {TOKENS_A_LINE} for each line, "
+            f"which leaves nothing of {length}. Ask for 0 (the facts alone) or at least "
+            f"{PROMPT_TOKENS + 3 * TOKENS_A_LINE}."
+        )
+    return room
+
+
+def _simulate(
+    qa: BabiTask, rng: random.Random, split: Split, most_lines: int | None, max_stories: int = 2_000
+) -> _Question:
+    for _ in range(max_stories):
+        story = simulate_story(qa, rng)
+        asked = rng.choice(_questions(story))
+        if most_lines is not None and asked.num_lines > most_lines:
+            continue
+        # By content and not by seed alone: short stories come up again and again.
+        if held_out("\n".join([*asked.facts, asked.text])) == (split == "evaluation"):
+            return asked
+    raise DataError(
+        f"Among {max_stories} stories of {qa} none is as short as the {most_lines} lines that this length "
+        "holds. Ask for a greater length."
+    )
+
+
+def _questions(story: Story) -> list[_Question]:
+    return [
+        _Question(story.facts[: one.num_facts], one.text, one.answer, one.supports) for one in story.questions
+    ]
+
+
+@lru_cache(maxsize=8)
+def _all_published(source: TextSource) -> list[_Question]:
+    return [asked for story in parse_stories(source.text, source.name) for asked in _questions(story)]
+
+
+@lru_cache(maxsize=32)
+def _published_in_order(source: TextSource, most_lines: int | None, seed: int) -> list[_Question]:
+    fitting = [
+        asked for asked in _all_published(source) if most_lines is None or asked.num_lines <= most_lines
+    ]
+    sample_rng(source.name, 0, 0, seed).shuffle(fitting)
+    return fitting
+
+
+def _published(source: TextSource, most_lines: int | None, index: int, seed: int) -> _Question:
+    fitting = _published_in_order(source, most_lines, seed)
+    if not fitting:
+        raise DataError(
+            f"No story of {source.name} is as short as the {most_lines} lines that this length holds. Ask "
+            "for a greater length."
+        )
+    if index >= len(fitting):
+        raise DataError(
+            f"{source.name} has {len(fitting)} questions for this length, and sample {index + 1} was asked "
+            "for. Ask for fewer samples, or leave the option babi out to make new stories."
+        )
+    return fitting[index]
+
+
+def _last_named(qa: BabiTask, asked: _Question) -> str:
+    """Return the label that a reader without understanding would answer."""
+    labels: Sequence[str] = PLACES
+    if qa == "qa5":
+        labels = OBJECTS if asked.text.startswith("What") else GIVING_ACTORS
+    in_question = set(re.findall(r"\w+", asked.text))
+    for fact in reversed(asked.facts):
+        for word in reversed(re.findall(r"\w+", fact)):
+            if word in labels and word not in in_question:
+                return str(word)
+    return ""
+
+
+def _first_sentence(text: str) -> str:
+    text = text.lower()
+    return text[: min((place for cut in _CUTS if (place := text.find(cut)) >= 0), default=len(text))]
+
+
+def _scatter(
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Sequence[str],
+    noise: str,
+    noise_tokens: int,
+    rng: random.Random,
+) -> _Context:
+    """Return the facts in their order at random places between the sentences of the noise."""
+    sentences, repeats = _noise_sentences(tokenizer, noise, noise_tokens, rng)
+    places = sorted(rng.randrange(len(sentences) + 1) for _ in facts)
+    pieces: list[str] = []
+    starts: list[int] = []
+    position = done = 0
+    for number in range(len(sentences) + 1):
+        while done < len(facts) and places[done] == number:
+            starts.append(position)
+            pieces.append(facts[done])
+            position += len(facts[done]) + 1
+            done += 1
+        if number < len(sentences):
+            pieces.append(sentences[number])
+            position += len(sentences[number]) + 1
+    return _Context(" ".join(pieces), tuple(starts), len(sentences), repeats)
+
+
+def _noise_sentences(
+    tokenizer: PreTrainedTokenizerBase, text: str, num_tokens: int, rng: random.Random
+) -> tuple[list[str], int]:
+    """Return sentences of so many tokens in all, the last one cut, and how often the text had to start over.
+
+    From a random place on. Shorter sentences than ten tokens are left out, as is the one that the place falls
+    into.
+    """
+    if num_tokens <= 0:
+        return [], 0
+    if text == NOISE_SENTENCE:
+        unit = _count_pieces(tokenizer, [text])[0]
+        sentences = [text] * (num_tokens // unit)
+        rest = _trim(tokenizer, text, num_tokens % unit)
+        return sentences + ([rest] if rest else []), 0
+    position = rng.randrange(max(1, len(text)))
+    kept: list[str] = []
+    left, passed, is_cut = num_tokens, 0, position > 0
+    while left:
+        # Five characters a token is a little more than English prose has; what is missing comes next time.
+        window = text[position : position + 5 * left + 1_000]
+        at_end = position + len(window) >= len(text)
+        spans = _sentence_spans(window)
+        first, last = int(is_cut), len(spans) - int(not at_end)
+        whole = spans[first:last]
+        counts = _count_pieces(tokenizer, [window[begin:end] for begin, end in whole])
+        # The last sentence may go on after the window: it begins the next, unless it is all there is.
+        step = spans[last][0] if whole and not at_end else len(window)
+        for (begin, end), tokens in zip(whole, counts, strict=True):
+            if tokens < MIN_SENTENCE_TOKENS:
+                continue
+            if tokens < left:
+                kept.append(window[begin:end])
+                left -= tokens
+                continue
+            rest = _trim(tokenizer, window[begin:end], left)
+            kept += [rest] if rest else []
+            left, step = 0, end
+            break
+        passed += step
+        position, is_cut = (0, False) if at_end else (position + step, not whole)
+        if not kept and left and passed >= 2 * len(text):
+            raise DataError(
+                f"The text for noise has no sentence of {MIN_SENTENCE_TOKENS} tokens or more. Give prose."
+            )
+    return kept, (passed - 1) // len(text)
+
+
+def _sentence_spans(text: str) -> list[tuple[int, int]]:
+    import punkt  # here, since it takes a tenth of a second
+
+    # Without a model, as BABILong has it: "Mr." ends a sentence.
+    splitter = punkt.PunktSentenceTokenizer(punkt.PunktParameters())
+    return [(int(begin), int(end)) for begin, end in splitter.span_tokenize(text)]
+
+
+# By tokenizer: what goes in front of a piece so that it is tokenized as inside a text.
+_fronts: WeakKeyDictionary[PreTrainedTokenizerBase, str] = WeakKeyDictionary()
+
+
+def _front(tokenizer: PreTrainedTokenizerBase) -> str:
+    if tokenizer not in _fronts:
+        inside = _encode(tokenizer, "One The house")[len(_encode(tokenizer, "One")) :]
+        # SentencePiece puts the space there by itself, and a second one would be a token more.
+        _fronts[tokenizer] = "" if _encode(tokenizer, "The house") == inside else " "
+    return _fronts[tokenizer]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return [int(token) for token in tokenizer(text, add_special_tokens=False, verbose=False).input_ids]
+
+
+def _count_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str]) -> list[int]:
+    if not pieces:
+        return []
+    front = _front(tokenizer)
+    encoded = tokenizer([front + piece for piece in pieces], add_special_tokens=False, verbose=False)
+    return [len(tokens) for tokens in encoded.input_ids]
+
+
+def _trim(tokenizer: PreTrainedTokenizerBase, text: str, num_tokens: int) -> str:
+    tokens = _encode(tokenizer, _front(tokenizer) + text)[:num_tokens]
+    # A character of several tokens may be cut through.
+    return str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False)).strip().rstrip("\ufffd")
+
+
+@lru_cache(maxsize=2)
+def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"length_tokenizer is {name!r}, which cannot be loaded: {str(error).strip().splitlines()[0]} "
+            "Give a name on the hub, a folder, or None for the model's own."
+        ) from error
+    return tokenizer
+
+
+@lru_cache(maxsize=1)
+def _prompts() -> dict[str, Any]:
+    text = files("lawcat.tasks").joinpath("data/babilong_prompts.json").read_text(encoding="utf-8")
+    prompts: dict[str, Any] = json.loads(text)
+    return prompts
+
+
+# By tokenizer: the tokens of a task's prompt with nothing in it.
+_shortest: WeakKeyDictionary[PreTrainedTokenizerBase, dict[str, int]] = WeakKeyDictionary()
+
+
+def _shortest_prompt(tokenizer: PreTrainedTokenizerBase, qa: BabiTask) -> int:
+    known = _shortest.setdefault(tokenizer, {})
+    if qa not in known:
+        known[qa] = count_tokens(tokenizer, babilong_prompt(qa, "", "Who?") + "\nAnswer: office")
+    return known[qa]
