@@ -340,6 +340,9 @@ class ModelSettings(_Settings):
         min_log_decay: Lower bound of the log decay a token.
         linear_rope: Rotary embedding on linear layers too.
         state_heads: `"query"` or `"kv"`.
+        feature_map: `"tied"` or `"untied"`.
+        sliding_window: Tokens of softmax attention inside each linear layer.
+        num_sinks: First tokens that never leave that window.
 
     Example:
         >>> ModelSettings(gate="head", softmax_layers=(0,)).config_fields()
@@ -359,6 +362,9 @@ class ModelSettings(_Settings):
     min_log_decay: float | None = None
     linear_rope: bool | None = None
     state_heads: str | None = None
+    feature_map: str | None = None
+    sliding_window: int | None = None
+    num_sinks: int | None = None
 
     def config_fields(self) -> dict[str, Any]:
         """Return the fields of `LawcatConfig` that this recipe sets."""
