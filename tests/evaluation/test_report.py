@@ -89,7 +89,7 @@ def test_page_has_a_table_of_models_and_lengths():
     assert "| model | 1K | 2K | 4K |\n| --- | ---: | ---: | ---: |\n" in page
     assert "| teacher | 100 [84, 100] | 100 [84, 100] | 0 [0, 16] |" in page
     assert "| student | 90 [70, 97] | 50 [30, 70] | - |" in page
-    assert "haystack prose.txt, SHA-256 abababab" in page
+    assert "- teacher, passkey: haystack: prose.txt, SHA-256 abababab" in page
     assert "What to know" not in page
 
 
@@ -137,7 +137,9 @@ def test_a_folder_with_the_whole_report(tmp_path):
         tmp_path / "out", [read_results(tmp_path / "teacher.json"), student], image_format="png"
     )
     names = {path.name for path in page.parent.iterdir()}
+    assert page.name == "report.html"
     assert names == {
+        "report.html",
         "report.md",
         "passkey.png",
         "passkey-teacher.png",
@@ -145,8 +147,9 @@ def test_a_folder_with_the_whole_report(tmp_path):
         "results-teacher.json",
         "results-my-student-1.json",
     }
-    for name in names - {"report.md"}:
-        assert name.endswith(".json") or f"]({name})" in page.read_text()
+    twin = (page.parent / "report.md").read_text()
+    for name in names:
+        assert name.endswith((".json", ".md", ".html")) or f"]({name})" in twin
     with pytest.raises(ConfigurationError, match="Two results are of a model named 'teacher'"):
         write_report(tmp_path / "out", [teacher, teacher])
     with pytest.raises(ConfigurationError, match="no results to report"):
