@@ -6,6 +6,7 @@ import torch
 from tiny_models import tiny_lawcat, tiny_llama
 
 from lawcat.errors import ConfigurationError, DataError
+from lawcat.evaluation.answering import reads_in_pieces
 from lawcat.evaluation.records import read_records
 from lawcat.evaluation.runner import evaluate
 from lawcat.tasks import Sample, TextSource
@@ -90,6 +91,7 @@ def test_batches_give_what_samples_give_one_by_one(tokenizer, make):
 
 def test_batches_keep_to_their_budget(tokenizer, model):
     sizes = []
+    reads_in_pieces(model)  # which is tried once, by calls of its own
     model.register_forward_pre_hook(
         lambda _, args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )

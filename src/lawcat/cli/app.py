@@ -113,7 +113,9 @@ def evaluate(
     tasks: Annotated[
         str, typer.Option(help="Comma-separated: passkey, niah_single_1, ..., perplexity.")
     ] = "passkey",
-    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens: 1024,2048 or 1k,2k.")] = "1k,2k,4k",
+    lengths: Annotated[
+        str, typer.Option(help="Prompt lengths in tokens: 1024,2048 or 1k,2k; 0k for BABILong's facts alone.")
+    ] = "1k,2k,4k",
     samples: Annotated[int, typer.Option(min=1, help="Samples a task and length.")] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Write the results here as JSON.")] = None,
@@ -130,6 +132,27 @@ def evaluate(
         str | None,
         typer.Option(help="Text for needles and perplexity: file or glob; else a built-in excerpt."),
     ] = None,
+    noise: Annotated[
+        str | None, typer.Option(help="Text around BABILong's facts: file or glob; else a built-in excerpt.")
+    ] = None,
+    babi: Annotated[
+        str | None, typer.Option(help="Folder of the real bAbI text files; else the simulator's stories.")
+    ] = None,
+    sliding_window: Annotated[
+        str | None,
+        typer.Option(
+            help="Also measure each softmax model as it attends only to so many last tokens: 64,512."
+        ),
+    ] = None,
+    sinks: Annotated[
+        int, typer.Option(min=0, help="First tokens that such a window always keeps in sight.")
+    ] = 4,
+    attention: Annotated[
+        str, typer.Option(help="Of softmax layers: auto, sdpa, flash_attention_2 or eager.")
+    ] = "auto",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Take the tokenizer from this model, for one that has none.")
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option(help="A task's option: passkey.length_rule=longlora, passkey.depth=random. Repeatable."),
@@ -139,23 +162,31 @@ def evaluate(
     base: Base = None,
 ) -> None:
     """Measure models on the same samples: accuracy by length, and perplexity by position."""
-    from lawcat.cli.evaluate import run_evaluate
+    from lawcat.cli.evaluate import EvaluationCall, run_evaluate
 
     run_evaluate(
-        models,
-        tasks,
-        lengths,
-        samples,
-        seed,
-        output,
-        report,
-        perplexity_tokens,
-        records,
-        haystack,
-        option or [],
-        device,
-        dtype,
-        base,
+        EvaluationCall(
+            models=models,
+            tasks=tasks,
+            lengths=lengths,
+            samples=samples,
+            seed=seed,
+            output=output,
+            report=report,
+            perplexity_tokens=perplexity_tokens,
+            records=records,
+            haystack=haystack,
+            noise=noise,
+            babi=babi,
+            sliding_window=sliding_window,
+            sinks=sinks,
+            attention=attention,
+            tokenizer=tokenizer,
+            options=option or [],
+            device=device,
+            dtype=dtype,
+            base=base,
+        )
     )
 
 

@@ -67,9 +67,16 @@ class Display:
             print(text, file=sys.stderr, flush=True)
 
     def update(self, title: str, done: int, total: int, measured: dict[str, float] | None = None) -> None:
-        """Show that ``done`` of ``total`` of ``title`` is done, and what was measured last."""
-        shown = "  ".join(f"{name} {_short(value)}" for name, value in (measured or {}).items())
+        """Show that ``done`` of ``total`` of ``title`` is done, and what was measured last.
+
+        ``seconds_left`` among the measurements is an estimate that is better than that from ``done`` alone.
+        """
+        measured = dict(measured or {})
+        estimate = measured.pop("seconds_left", None)
+        shown = "  ".join(f"{name} {_short(value)}" for name, value in measured.items())
         if self._is_live:
+            if estimate is not None and done < total:
+                shown = f"{_duration(estimate)} left in all  {shown}".rstrip()
             if title not in self._bars:
                 self._bars[title] = self._progress.add_task(title, total=total, measured="")
             self._progress.update(self._bars[title], completed=done, total=total, measured=shown)
@@ -79,7 +86,9 @@ class Display:
         is_due = now - self._printed.get(title, 0.0) >= _SECONDS_BETWEEN_LINES
         if is_due or done >= total:
             self._printed[title] = now
-            left = (now - started) / max(done - 1, 1) * (total - done) if done > 1 else None
+            left = estimate
+            if left is None and done > 1:
+                left = (now - started) / (done - 1) * (total - done)
             remaining = f", {_duration(left)} left" if left and done < total else ""
             print(f"{title}: {done}/{total}{remaining}  {shown}".rstrip(), file=sys.stderr, flush=True)
 

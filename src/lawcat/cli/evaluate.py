@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +17,16 @@ import torch
 import yaml
 
 from lawcat.cli.display import Display
-from lawcat.convert.load import default_device, load_model
+from lawcat.convert.initialize import sliding_window_teacher
+from lawcat.convert.load import LoadedModel, default_device, load_model
 from lawcat.distill.precision import resolve_precision
-from lawcat.errors import ConfigurationError
+from lawcat.errors import ConfigurationError, DataError
+from lawcat.evaluation.attention import check_attention, set_attention
 from lawcat.evaluation.lengths import parse_lengths
-from lawcat.evaluation.measure import PERPLEXITY, measure
-from lawcat.evaluation.report import markdown_report, write_report, write_results
-from lawcat.tasks import get_task
+from lawcat.evaluation.measure import check_tasks, measure
+from lawcat.evaluation.records import read_records
+from lawcat.evaluation.report import markdown_report, read_results, write_report, write_results
+from lawcat.evaluation.samples import SampleCache
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -53,64 +62,186 @@ def parse_options(assignments: list[str]) -> dict[str, dict[str, Any]]:
     return options
 
 
-def run_evaluate(
-    models: list[str],
-    tasks: str,
-    lengths: str,
-    samples: int,
-    seed: int,
-    output: Path | None,
-    report: Path | None,
-    perplexity_tokens: int,
-    records: Path | None,
-    haystack: str | None,
-    assignments: list[str],
-    device: str | None,
-    dtype: str,
-    base: str | None,
-) -> None:
+@dataclass(frozen=True)
+class EvaluationCall:
+    """What the user asked for: the command's arguments and options, as its help explains them."""
+
+    models: list[str]
+    tasks: str
+    lengths: str
+    samples: int
+    seed: int
+    output: Path | None
+    report: Path | None
+    perplexity_tokens: int
+    records: Path | None
+    haystack: str | None
+    noise: str | None
+    babi: str | None
+    sliding_window: str | None
+    sinks: int
+    attention: str
+    tokenizer: str | None
+    options: list[str]
+    device: str | None
+    dtype: str
+    base: str | None
+
+
+def run_evaluate(call: EvaluationCall) -> None:
     """See the command's help."""
-    names = [task.strip() for task in tasks.split(",") if task.strip()]
-    for name in names:
-        if name != PERPLEXITY:
-            get_task(name)
-    if output is not None and len(models) > 1:
+    tasks = check_tasks([task.strip() for task in call.tasks.split(",") if task.strip()])
+    lengths = parse_lengths(call.lengths, least=0)
+    windows = parse_windows(call.sliding_window)
+    options = parse_options(call.options)
+    attention = check_attention(call.attention)
+    dtype = parse_dtype(call.dtype)
+    if call.output is not None:
+        _check_output(call.output, len(call.models), windows)
+    num_kept = len(read_records(call.records)) if call.records is not None else 0
+    samples = SampleCache()
+    payloads: list[dict[str, Any]] = []
+    with Display() as display, _shown_once(display):
+        clock = _CallClock(display, call.models, windows, call.records if num_kept else None)
+        for model, title in zip(call.models, _titles(call.models), strict=True):
+            loaded = load_model(
+                model,
+                dtype=dtype,
+                device=call.device,
+                base=call.base,
+                tokenizer=call.tokenizer,
+                progress=display.message,
+            )
+            # A baseline is made when its turn comes, so that no more than two models are in memory.
+            for name, make in _variants(loaded, title, windows, call.sinks):
+                measured = make()
+                set_attention(measured, attention)
+                clock.begin(name)
+                payload = measure(
+                    measured,
+                    loaded.tokenizer,
+                    name=name,
+                    tasks=tasks,
+                    lengths=lengths,
+                    samples=call.samples,
+                    seed=call.seed,
+                    perplexity_tokens=call.perplexity_tokens,
+                    haystack=call.haystack,
+                    noise=call.noise,
+                    babi=call.babi,
+                    options=options,
+                    records=call.records,
+                    sample_cache=samples,
+                    command="lawcat " + " ".join(sys.argv[1:]),
+                    progress=clock.update,
+                )
+                if crashed := sum(cell["errors"] for cell in payload["results"]):
+                    display.message(f"{name}: {crashed} samples crashed; they are in no score")
+                payloads.append(payload)
+                del measured
+                gc.collect()
+            del loaded, make
+            gc.collect()
+        if windows and not any(payload["kind"] == "baseline" for payload in payloads):
+            display.message("--sliding-window has no effect: there is no softmax model among the models")
+        if call.output is not None:
+            write_results(call.output, payloads[0])
+        if call.report is not None:
+            display.message(f"report: {write_report(call.report, payloads)}")
+    print(markdown_report(payloads))
+
+
+def parse_windows(text: str | None) -> list[int]:
+    """Return the widths of `--sliding-window`.
+
+    >>> parse_windows("64,512"), parse_windows(None)
+    ([64, 512], [])
+    """
+    if text is None:
+        return []
+    try:
+        return parse_lengths(text)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"--sliding-window: {error}") from error
+
+
+def _variants(
+    loaded: LoadedModel, title: str, windows: list[int], sinks: int
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    yield title, lambda: loaded.model
+    if loaded.kind != "teacher":
+        return
+    for window in windows:
+        name = f"{title} + window {window} + {sinks} sinks"
+        yield name, functools.partial(sliding_window_teacher, loaded.model, window=window, num_sinks=sinks)
+
+
+def _check_output(output: Path, num_models: int, windows: list[int]) -> None:
+    if num_models > 1 or windows:
         raise ConfigurationError(
             "--output takes the results of one model; for several, use --report DIRECTORY."
         )
-    parsed = parse_lengths(lengths)
-    options = parse_options(assignments)
-    titles = _titles(models)
-    command = "lawcat " + " ".join(sys.argv[1:])
-    payloads = []
-    with Display() as display:
-        for model, title in zip(models, titles, strict=True):
-            loaded = load_model(
-                model, dtype=parse_dtype(dtype), device=device, base=base, progress=display.message
-            )
-            payload = measure(
-                loaded.model,
-                loaded.tokenizer,
-                name=title,
-                tasks=names,
-                lengths=parsed,
-                samples=samples,
-                seed=seed,
-                perplexity_tokens=perplexity_tokens,
-                haystack=haystack,
-                options=options,
-                records=records,
-                command=command,
-                progress=display.update,
-            )
-            payloads.append(payload)
-            del loaded
-            gc.collect()
-        if output is not None:
-            write_results(output, payloads[0])
-        if report is not None:
-            display.message(f"report: {write_report(report, payloads)}")
-    print(markdown_report(payloads))
+    if output.exists():
+        try:
+            read_results(output)
+        except DataError as error:
+            raise DataError(f"--output would replace a file that is no results file: {error}") from error
+
+
+@contextmanager
+def _shown_once(display: Display) -> Iterator[None]:
+    """Show a warning of ours as a line, once however many models it is given for."""
+    shown: set[str] = set()
+    with warnings.catch_warnings():
+        show_others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if not issubclass(category, UserWarning) or "lawcat" not in str(place[0]):
+                show_others(message, category, *place, **more)
+            elif str(message) not in shown:
+                shown.add(str(message))
+                display.message(f"note: {message}")
+
+        warnings.showwarning = show
+        yield
+
+
+class _CallClock:
+    """Shows how far the whole call is: the models to come are taken to cost as much as the present one."""
+
+    def __init__(self, display: Display, models: list[str], windows: list[int], kept: Path | None) -> None:
+        self.display = display
+        self.kept = kept
+        # Which models are teachers shows when they are loaded; most calls name one.
+        self.num_models = len(models) + len(windows)
+        self.num_begun = 0
+        self.started = 0.0
+        self.name = ""
+        self.is_told = False
+
+    def begin(self, name: str) -> None:
+        """Note that a model begins."""
+        self.num_begun += 1
+        self.num_models = max(self.num_models, self.num_begun)
+        self.name, self.started, self.is_told = name, time.monotonic(), False
+
+    def update(self, title: str, done: int, total: int, measured: dict[str, float]) -> None:
+        """Show progress of the present model, with the time left for all."""
+        if self.kept is not None and not self.is_told and title.endswith(": samples"):
+            self.is_told = True
+            if done == 0:
+                self.display.message(
+                    f"{self.kept} holds no answers of {self.name} to these questions, but of another run; "
+                    "they stay, and this run's are added"
+                )
+        if "seconds_left" in measured:
+            left = measured["seconds_left"]
+            others = self.num_models - self.num_begun
+            whole = time.monotonic() - self.started + left
+            measured = {"seconds_left": left + others * whole}
+        if self.num_models > 1:
+            title = f"{self.num_begun} of {self.num_models}, {title}"
+        self.display.update(title, done, total, measured)
 
 
 def _titles(models: list[str]) -> list[str]:
