@@ -16,12 +16,17 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
+from lawcat.distill.gate_penalty import GatePenalty
 from lawcat.distill.losses import relative_squared_error
 from lawcat.model.modeling_lawcat import LawcatForCausalLM
 
 
 def attention_transfer_losses(
-    model: LawcatForCausalLM, input_ids: Tensor, *, gradient_scale: float | None = None
+    model: LawcatForCausalLM,
+    input_ids: Tensor,
+    *,
+    gradient_scale: float | None = None,
+    penalty: GatePenalty | None = None,
 ) -> Tensor:
     """Return the relative squared error of each linear layer, and add its gradients to the new parameters.
 
@@ -30,6 +35,7 @@ def attention_transfer_losses(
         input_ids: Tokens [B, T], without padding.
         gradient_scale: The gradient is that of ``gradient_scale * sum over layers of the mean over B``. None
             computes losses only.
+        penalty: Of the gates, watching; its gradient is added too.
 
     Returns:
         [linear layers], float32: the mean over the B sequences.
@@ -52,7 +58,8 @@ def attention_transfer_losses(
                     output = attention.linear_attention(x, q, k, v, positions)
                     loss = relative_squared_error(output, target).mean()
                     if gradient_scale is not None:
-                        torch.autograd.backward(loss * gradient_scale)
+                        extra = penalty.take(is_mean_over_layers=False) if penalty is not None else 0.0
+                        torch.autograd.backward((loss + extra) * gradient_scale)
                 losses.append(loss.detach())
             hidden = layer.add_mlp(hidden + attention.o_proj(target.flatten(2)))
     return torch.stack(losses)

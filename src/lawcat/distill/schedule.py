@@ -20,4 +20,8 @@ def learning_rate_factor(step: int, settings: AttentionTransferSettings | Recove
         return 1.0
     progress = (step - settings.warmup_steps) / max(settings.steps - settings.warmup_steps, 1)
     low = settings.min_learning_rate_ratio
-    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
+    if settings.schedule == "cosine":
+        return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
+    if settings.schedule == "trapezoid":
+        progress = max(0.0, progress - (1 - settings.decay_share)) / settings.decay_share
+    return low + (1 - low) * (1 - progress)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lawcat.distill.attention_transfer import attention_transfer_losses
 from lawcat.distill.checkpoint import TrainingState, capture_rng, restore_rng, save_checkpoint
+from lawcat.distill.gate_penalty import GatePenalty
 from lawcat.distill.gate_statistics import GateStatistics
 from lawcat.distill.mixture import Mixture
 from lawcat.distill.recipe import AttentionTransferSettings, Recipe, RecoverySettings
@@ -61,6 +62,7 @@ class AttentionTransferStage:
 
     def __init__(self, student: LawcatForCausalLM, settings: AttentionTransferSettings) -> None:
         self.student, self.settings = student, settings
+        self._penalty = GatePenalty(student, settings.gate_penalty)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the new parameters, the only ones that train here."""
@@ -70,7 +72,11 @@ class AttentionTransferStage:
     def backward(self, batch: Any, workers: Workers) -> dict[str, Tensor]:
         """Return ``loss``, the mean over layers, and ``layer_losses``."""
         share = 1.0 / workers.count
-        losses = attention_transfer_losses(self.student, batch.input_ids, gradient_scale=share) * share
+        with self._penalty.watching():
+            losses = attention_transfer_losses(
+                self.student, batch.input_ids, gradient_scale=share, penalty=self._penalty
+            )
+        losses = losses * share
         return {"loss": losses.mean(), "layer_losses": losses}
 
 
@@ -83,6 +89,7 @@ class RecoveryStage:
         self.student, self.settings = recovery.student, settings
         self._sequence_length = sequence_length
         self._recovery = recovery
+        self._penalty = GatePenalty(recovery.student, settings.gate_penalty)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return new parameters and LoRA factors (or the teacher's weights)."""
@@ -93,20 +100,27 @@ class RecoveryStage:
 
         Longer sequences than the recipe's are those of a step that carries a state over.
         """
-        if batch.input_ids.shape[1] > self._sequence_length:
-            weights = batch.loss_weight[:, -self._sequence_length + 1 :]
+        length = self._sequence_length
+        if batch.input_ids.shape[1] > length:
+            weights = batch.loss_weight[:, -length + 1 :]
             total_weight = workers.sum(weights.sum()).item()
-            loss = self._recovery.carried_losses(
-                batch.input_ids, batch.loss_weight, self._sequence_length, total_weight=total_weight
-            )
-            torch.autograd.backward(loss)
+            with self._penalty.watching():
+                loss = self._recovery.carried_losses(
+                    batch.input_ids, batch.loss_weight, length, total_weight=total_weight
+                )
+                self._backward(loss, workers)
             return {"loss": loss.detach()}
         total_weight = workers.sum(batch.loss_weight[:, 1:].sum()).item()
-        loss, cross_entropy, kl = self._recovery.losses(
-            batch.input_ids, batch.loss_weight, total_weight=total_weight
-        )
-        torch.autograd.backward(loss)
+        with self._penalty.watching():
+            loss, cross_entropy, kl = self._recovery.losses(
+                batch.input_ids, batch.loss_weight, total_weight=total_weight
+            )
+            self._backward(loss, workers)
         return {"loss": loss.detach(), "cross_entropy": cross_entropy, "kl": kl}
+
+    def _backward(self, loss: Tensor, workers: Workers) -> None:
+        penalty = self._penalty.take(is_mean_over_layers=True)
+        torch.autograd.backward(loss + penalty / workers.count)
 
 
 class Workers:
