@@ -192,6 +192,19 @@ def evaluate(
 
 @app.command()
 @_with_exit_codes
+def report(
+    files: Annotated[list[Path], typer.Argument(help="Results files of one or several runs and models.")],
+    output: Annotated[Path, typer.Option(help="Write report.html and report.md into this directory.")],
+    image_format: Annotated[str, typer.Option(help="Plots of report.md: svg or png.")] = "svg",
+) -> None:
+    """Make one report of stored results. Models stand in the order of the files, so name the teacher's first."""
+    from lawcat.cli.report import run_report
+
+    run_report(files, output, image_format)
+
+
+@app.command()
+@_with_exit_codes
 def generate(
     model: Annotated[str, typer.Argument(help="Student, adapter or teacher.")],
     prompt: Annotated[
