@@ -1,0 +1,1 @@
+"""Triton kernels. Nothing is imported here: the modules need the package ``triton``, which a CPU may lack."""

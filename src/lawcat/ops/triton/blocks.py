@@ -1,0 +1,197 @@
+"""What the kernels of this folder share: where a segment lies, the convolution, the feature map, the decays.
+
+Legend: T tokens, C tokens of a chunk, SUB tokens of a sub-block of a chunk, D head width, F feature width,
+DP and FP the same rounded up to what a tile can have. In a tile of features the first FP/2 columns hold the
+first half of the features and the others the second, each padded by itself.
+All decays are in logarithms to the base 2, since ``exp2`` is what the hardware computes.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def locate_segment(segment, tokens, num_segments, segment_tokens, table, PACKED: tl.constexpr):
+    """Return the row of the sequence's first token, the segment's first and last+1 token, and the sequence.
+
+    Tokens are counted from the start of their sequence. ``table`` has a row of these four for each segment of
+    a packed batch; else all sequences have the same length and the same segments.
+    """
+    if PACKED:
+        first_row = tl.load(table + segment * 4).to(tl.int64)
+        start = tl.load(table + segment * 4 + 1)
+        stop = tl.load(table + segment * 4 + 2)
+        sequence = tl.load(table + segment * 4 + 3)
+    else:
+        sequence = segment // num_segments
+        start = (segment % num_segments) * segment_tokens
+        stop = tl.minimum(start + segment_tokens, tokens)
+        first_row = sequence.to(tl.int64) * tokens
+    return first_row, start, stop, sequence
+
+
+@triton.jit
+def feature_columns(F: tl.constexpr, FP: tl.constexpr):
+    """Return which feature each column of a tile holds, and whether it holds one at all."""
+    column = tl.arange(0, FP)
+    half = FP // 2
+    within = column % half
+    return (column // half) * (F // 2) + within, within < F // 2
+
+
+@triton.jit
+def load_map_weight(weight, head, D: tl.constexpr, F: tl.constexpr, DP: tl.constexpr, FP: tl.constexpr):
+    """Return [W, -W] of a head as a tile [DP, FP] in float32."""
+    column = tl.arange(0, FP)
+    within = column % (FP // 2)
+    d = tl.arange(0, DP)
+    inside = (d[:, None] < D) & (within[None, :] < F // 2)
+    tile = tl.load(
+        weight + head * (D * (F // 2)) + d[:, None] * (F // 2) + within[None, :], mask=inside, other=0.0
+    ).to(tl.float32)
+    return tl.where(column[None, :] < FP // 2, tile, -tile)
+
+
+@triton.jit
+def load_rows(
+    x, first_row, t0, stop, head, keep,
+    HEADS: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, C: tl.constexpr, SHIFT: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Return x[t0 - SHIFT : t0 - SHIFT + C, head] as a tile [C, WP], zero outside of the sequence."""
+    i = tl.arange(0, C)
+    w = tl.arange(0, WP)
+    t = t0 + i - SHIFT
+    inside = (t >= 0) & (t < stop)
+    base = x + (first_row + t0) * (HEADS * W) + head * W
+    offset = (i[:, None] - SHIFT) * (HEADS * W) + w[None, :]
+    if W == WP:
+        tile = tl.load(base + offset, mask=inside[:, None], other=0.0)
+    else:
+        tile = tl.load(base + offset, mask=inside[:, None] & (w[None, :] < W), other=0.0)
+    if MASKED:
+        kept = tl.load(keep + (first_row + t0) + (i - SHIFT), mask=inside, other=0)
+        tile = tl.where(kept[:, None] != 0, tile, 0.0)
+    return tile
+
+
+@triton.jit
+def convolved_rows(
+    x, first_row, t0, stop, head, keep, taps, before, sequence, weight_head,
+    HEADS: tl.constexpr, WEIGHT_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr,
+    TAPS: tl.constexpr, HAS_BEFORE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Return the causal convolution of x[t0 : t0 + C, head] with a head's taps as a tile [C, DP] in float32.
+
+    TAPS of 0: x itself. ``before`` holds the TAPS - 1 inputs before the sequence.
+    """
+    if TAPS == 0:
+        y = load_rows(x, first_row, t0, stop, head, keep, HEADS, D, DP, C, 0, MASKED).to(tl.float32)
+    else:
+        d = tl.arange(0, DP)
+        channel = weight_head * D + d
+        y = tl.zeros([C, DP], tl.float32)
+        for tap in tl.static_range(TAPS):
+            rows = load_rows(
+                x, first_row, t0, stop, head, keep, HEADS, D, DP, C, TAPS - 1 - tap, MASKED
+            ).to(tl.float32)
+            if HAS_BEFORE:
+                # Token -1 is the last of the inputs before the sequence, -(TAPS - 1) the first.
+                i = TAPS - 1 + t0 + tl.arange(0, C) - (TAPS - 1 - tap)
+                earlier = (i >= 0) & (i < TAPS - 1)
+                base = before + sequence.to(tl.int64) * (WEIGHT_HEADS * D * (TAPS - 1))
+                rows += tl.load(
+                    base + channel[None, :] * (TAPS - 1) + i[:, None],
+                    mask=earlier[:, None] & (d[None, :] < D),
+                    other=0.0,
+                ).to(tl.float32)
+            filter_tap = tl.load(taps + channel * TAPS + tap, mask=d < D, other=0.0).to(tl.float32)
+            y += rows * filter_tap[None, :]
+    return y
+
+
+@triton.jit
+def halves_softmax(x, F: tl.constexpr, FP: tl.constexpr, C: tl.constexpr):
+    """Return the softmax of each half of the columns of x [C, FP]."""
+    half: tl.constexpr = FP // 2
+    x = x * LOG2_E
+    if F != FP:
+        _, is_feature = feature_columns(F, FP)
+        x = tl.where(is_feature[None, :], x, float("-inf"))
+    x = tl.reshape(x, [C, 2, half])
+    e = tl.exp2(x - tl.max(x, axis=2)[:, :, None])
+    e = e * (1.0 / tl.sum(e, axis=2))[:, :, None]
+    return tl.reshape(e, [C, FP])
+
+
+@triton.jit
+def features(
+    x, first_row, t0, stop, head, keep, taps, before, sequence, map_weight, weight_head,
+    HEADS: tl.constexpr, WEIGHT_HEADS: tl.constexpr, D: tl.constexpr, F: tl.constexpr, DP: tl.constexpr,
+    FP: tl.constexpr, C: tl.constexpr, TAPS: tl.constexpr, HAS_BEFORE: tl.constexpr, MASKED: tl.constexpr,
+    HAS_MAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return phi(conv(x)) of a chunk as a tile [C, FP] in float32; without a map, x holds the features."""
+    if HAS_MAP:
+        u = convolved_rows(
+            x, first_row, t0, stop, head, keep, taps, before, sequence, weight_head,
+            HEADS, WEIGHT_HEADS, D, DP, C, TAPS, HAS_BEFORE, MASKED,
+        )  # fmt: skip
+        projected = tl.dot(u.to(map_weight.dtype), map_weight, input_precision=PRECISION)
+        phi = halves_softmax(projected, F, FP, C)
+    else:
+        i = tl.arange(0, C)
+        feature, is_feature = feature_columns(F, FP)
+        inside = (t0 + i < stop)[:, None] & is_feature[None, :]
+        base = x + (first_row + t0) * (HEADS * F) + head * F
+        phi = tl.load(base + i[:, None] * (HEADS * F) + feature[None, :], mask=inside, other=0.0)
+        phi = phi.to(tl.float32)
+    return phi
+
+
+@triton.jit
+def without_padding(phi, first_row, t0, stop, keep, C: tl.constexpr, MASKED: tl.constexpr):
+    """Return key features with those of padded tokens, and of tokens at ``stop`` or after, set to zero."""
+    t = t0 + tl.arange(0, C)
+    real = t < stop
+    if MASKED:
+        real = real & (tl.load(keep + first_row + t, mask=real, other=0) != 0)
+    return tl.where(real[:, None], phi, 0.0)
+
+
+@triton.jit
+def load_decay_sums(
+    sums, first_row, t0, stop, gate_head,
+    GATE_HEADS: tl.constexpr, GATE_WIDTH: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Return the sums of log-decays from the chunk's start up to each token, a tile [C, FP]."""
+    i = tl.arange(0, C)
+    feature, is_feature = feature_columns(F, FP)
+    if GATE_WIDTH == 1:
+        feature = feature * 0
+    base = sums + (first_row + t0) * (GATE_HEADS * GATE_WIDTH) + gate_head * GATE_WIDTH
+    offset = i[:, None] * (GATE_HEADS * GATE_WIDTH) + feature[None, :]
+    inside = (t0 + i < stop)[:, None]
+    if F != FP:
+        inside = inside & is_feature[None, :]
+    return tl.load(base + offset, mask=inside, other=0.0)
+
+
+@triton.jit
+def load_decay_sum(
+    sums, first_row, t, gate_head,
+    GATE_HEADS: tl.constexpr, GATE_WIDTH: tl.constexpr, F: tl.constexpr, FP: tl.constexpr,
+):  # fmt: skip
+    """Return one token's row of ``load_decay_sums``, a vector [FP]."""
+    feature, is_feature = feature_columns(F, FP)
+    if GATE_WIDTH == 1:
+        feature = feature * 0
+    base = sums + (first_row + t) * (GATE_HEADS * GATE_WIDTH) + gate_head * GATE_WIDTH
+    return tl.load(base + feature, mask=is_feature, other=0.0)

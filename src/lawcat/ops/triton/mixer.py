@@ -1,0 +1,260 @@
+"""Host side of the kernels: from tensors to launches. Legend: ``ops/shapes.py``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configurations import Configuration, choose_configuration, padded_width
+from .forward import gate_kernel, output_kernel, scan_kernel, state_kernel
+
+# Tests put a function here that fills what it allocates with NaN: nothing may be read before it is written.
+allocate = torch.empty
+
+
+@dataclass(frozen=True)
+class MixerOptions:
+    """What a call computes, beside its tensors.
+
+    Attributes:
+        is_logit: The gate is logits, to be activated; else log-decays.
+        gate_divisor: ``log a = logsigmoid(logit) / gate_divisor``.
+        min_log_decay: The bound of the log-decays: logits are clamped to it, log-decays must obey it.
+        normalize: Divide by the sum of weights.
+        eps: Added to it.
+        configuration: Instead of the one from the table.
+    """
+
+    is_logit: bool = False
+    gate_divisor: float = 16.0
+    min_log_decay: float = -2.5
+    normalize: bool = True
+    eps: float = 1e-6
+    configuration: Configuration | None = None
+
+
+@dataclass
+class MixerInputs:
+    """The tensors of a call; all contiguous.
+
+    Attributes:
+        q: [B, T, H, D], or features [B, T, H, F] without a map.
+        k: [B, T, G, D], or features [B, T, N, F] without a map.
+        v: [B, T, G or N, D].
+        gate: Logits or log-decays [B, T, G or N, F or 1].
+        q_taps: [H * D, K], or None for no convolution.
+        k_taps: [N * D, K], or None.
+        map_weight: [N, D, F/2], or None.
+        initial_state: [S, N, F, D + 1] float32, S sequences, or None for zeros.
+        q_before: The K - 1 inputs of q's convolution before the first token [S, H * D, K - 1], or None.
+        k_before: The same of k [S, N * D, K - 1].
+        keep: [B, T] bool, False for padding, or None.
+        boundaries: Where the sequences of a packed batch (B = 1) start, and its end; None for B sequences.
+        num_state_heads: N.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gate: Tensor
+    q_taps: Tensor | None = None
+    k_taps: Tensor | None = None
+    map_weight: Tensor | None = None
+    initial_state: Tensor | None = None
+    q_before: Tensor | None = None
+    k_before: Tensor | None = None
+    keep: Tensor | None = None
+    boundaries: tuple[int, ...] | None = None
+    num_state_heads: int = 0
+
+
+@dataclass
+class Plan:
+    """One call cut up: sizes, the configuration, and the constants that all its kernels take."""
+
+    inputs: MixerInputs
+    options: MixerOptions
+    configuration: Configuration
+    num_sequences: int
+    num_segments: int  # a sequence; of a packed batch, in all
+    all_segments: int
+    table: Tensor | None
+    ranges: Tensor | None
+    shape: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Tokens of a sequence, segments of a sequence, tokens of a segment: what a kernel finds its place by."""
+        return self.inputs.q.shape[1], self.num_segments, self.configuration.segment
+
+
+def dot_dtype(dtype: torch.dtype) -> Any:
+    """Return the type of the operands of matrix products for inputs of this dtype.
+
+    bfloat16 also for float16: decay factors reach exp(40).
+    """
+    if dtype == torch.float32 or triton.knobs.runtime.interpret:  # the interpreter has no bfloat16 products
+        return tl.float32
+    return tl.bfloat16
+
+
+def _precision(dtype: torch.dtype) -> str:
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+def processors(device: torch.device) -> int:
+    """Return how many multiprocessors the device has."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def make_plan(inputs: MixerInputs, options: MixerOptions) -> Plan:
+    """Cut a call up into segments."""
+    q, v = inputs.q, inputs.v
+    batch, tokens = q.shape[:2]
+    n = inputs.num_state_heads
+    feature_dim = q.shape[3] if inputs.map_weight is None else 2 * inputs.map_weight.shape[2]
+    lengths = [tokens] * batch
+    if inputs.boundaries is not None:
+        lengths = [b - a for a, b in zip(inputs.boundaries, inputs.boundaries[1:], strict=False)]
+    configuration = options.configuration or choose_configuration(
+        feature_dim, v.shape[3], q.dtype, sum(lengths) // max(1, len(lengths)), n * len(lengths),
+        options.min_log_decay, processors(q.device),
+    )  # fmt: skip
+    segment = configuration.segment
+    table = ranges = None
+    if inputs.boundaries is None:
+        num_segments = -(-tokens // segment)
+        all_segments = num_segments * batch
+    else:
+        rows, first = [], [0]
+        for index, (start, length) in enumerate(zip(inputs.boundaries, lengths, strict=False)):
+            rows += [(start, t, min(t + segment, length), index) for t in range(0, length, segment)]
+            first.append(len(rows))
+        num_segments = all_segments = len(rows)
+        table = torch.tensor(rows, dtype=torch.int32).to(q.device, non_blocking=True)
+        ranges = torch.tensor(first, dtype=torch.int32).to(q.device, non_blocking=True)
+    value_block = min(configuration.value_block, padded_width(v.shape[3]))
+    plan = Plan(inputs, options, configuration, len(lengths), num_segments, all_segments, table, ranges)
+    plan.shape = {
+        "K_HEADS": inputs.k.shape[2],
+        "V_HEADS": v.shape[2],
+        "GATE_HEADS": inputs.gate.shape[2],
+        "GATE_WIDTH": inputs.gate.shape[3],
+        "N": n,
+        "D": q.shape[3],
+        "F": feature_dim,
+        "DV": v.shape[3],
+        "DP": padded_width(q.shape[3]),
+        "FP": padded_width(feature_dim),
+        "BV": value_block,
+        "V_BLOCKS": -(-v.shape[3] // value_block),
+        "C": configuration.chunk,
+        "TAPS": 0 if inputs.q_taps is None else inputs.q_taps.shape[1],
+        "HAS_BEFORE": inputs.q_before is not None,
+        "HAS_MAP": inputs.map_weight is not None,
+        "MASKED": inputs.keep is not None,
+        "PACKED": inputs.boundaries is not None,
+        "DOT": dot_dtype(q.dtype),
+        "PRECISION": _precision(q.dtype),
+    }
+    return plan
+
+
+def launch(kernel: Any, programs: int, *arguments: Any, warps: int, stages: int = 1, **constants: Any) -> None:
+    """Run a kernel on a grid of one dimension."""
+    kernel[(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages)
+
+
+def decay_sums(plan: Plan) -> Tensor:
+    """Return the sums of log-decays (base 2) since the start of each chunk, in the gate's shape, float32."""
+    inputs, options, configuration = plan.inputs, plan.options, plan.configuration
+    gate = inputs.gate
+    sums = allocate(gate.shape, dtype=torch.float32, device=gate.device)
+    num_chunks = configuration.segment // configuration.chunk
+    heads, width = gate.shape[2:]
+    launch(
+        gate_kernel, plan.all_segments * num_chunks * heads,
+        gate, sums, inputs.keep, plan.table, *plan.size, num_chunks,
+        options.gate_divisor, options.min_log_decay,
+        GATE_HEADS=heads, GATE_WIDTH=width, WP=1 << (width - 1).bit_length(), C=configuration.chunk,
+        IS_LOGIT=options.is_logit, MASKED=inputs.keep is not None, PACKED=inputs.boundaries is not None,
+        warps=4,
+    )  # fmt: skip
+    return sums
+
+
+def states_before_segments(plan: Plan, sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the state, its normaliser before each segment, the segments' total decay, and the final state."""
+    inputs, configuration, shape = plan.inputs, plan.configuration, plan.shape
+    n, width, values = shape["N"], shape["F"], shape["DV"]
+    options = {"dtype": torch.float32, "device": inputs.q.device}
+    states = allocate((plan.all_segments, n, width, values), **options)
+    normalisers = allocate((plan.all_segments, n, width), **options)
+    decays = allocate((plan.all_segments, n, width), **options)
+    launch(
+        state_kernel, plan.all_segments * n * shape["V_BLOCKS"],
+        inputs.k, inputs.v, sums, inputs.k_taps, inputs.k_before, inputs.map_weight, inputs.keep, plan.table,
+        states, normalisers, decays, *plan.size,
+        **shape, warps=configuration.warps, stages=configuration.stages,
+    )  # fmt: skip
+    final = allocate((plan.num_sequences, n, width, values + 1), **options)
+    scan(plan, states, normalisers, decays, inputs.initial_state, final, reverse=False)
+    return states, normalisers, decays, final
+
+
+def scan(
+    plan: Plan,
+    states: Tensor,
+    normalisers: Tensor,
+    decays: Tensor,
+    initial: Tensor | None,
+    final: Tensor,
+    *,
+    reverse: bool,
+) -> None:
+    """Replace what each segment adds by the state before it (after it in reverse); see ``scan_kernel``."""
+    n, width, values = states.shape[1:]
+    block_f, block_v = min(16, padded_width(width)), min(64, padded_width(values))
+    blocks_f, blocks_v = -(-width // block_f), -(-values // block_v)
+    launch(
+        scan_kernel, plan.num_sequences * n * blocks_f * blocks_v,
+        states, normalisers, decays, initial, final, plan.ranges, plan.num_segments,
+        N=n, F=width, DV=values, BF=block_f, BV=block_v, F_BLOCKS=blocks_f, V_BLOCKS=blocks_v,
+        HAS_INITIAL=initial is not None, REVERSE=reverse, PACKED=plan.ranges is not None, STAGES=4,
+        warps=2,
+    )  # fmt: skip
+
+
+def forward(plan: Plan, *, save_sums: bool = False) -> dict[str, Tensor | None]:
+    """Run the forward kernels; return the output, the final state and what the backward needs."""
+    inputs, configuration = plan.inputs, plan.configuration
+    q, v = inputs.q, inputs.v
+    batch, tokens, heads = q.shape[:3]
+    sums = decay_sums(plan)
+    states, normalisers, _, final = states_before_segments(plan, sums)
+    output = allocate((batch, tokens, heads, v.shape[3]), dtype=v.dtype, device=v.device)
+    weight_sums = None
+    if save_sums and plan.options.normalize:
+        weight_sums = allocate((batch, tokens, heads), dtype=torch.float32, device=v.device)
+    launch(
+        output_kernel, plan.all_segments * heads * plan.shape["V_BLOCKS"],
+        q, inputs.k, v, sums, inputs.q_taps, inputs.k_taps, inputs.q_before, inputs.k_before,
+        inputs.map_weight, inputs.keep, plan.table, states, normalisers, output, weight_sums,
+        *plan.size, plan.options.eps,
+        H=heads, SUB=configuration.sub_block, NORMALIZE=plan.options.normalize,
+        SAVE_SUMS=weight_sums is not None,
+        **plan.shape, warps=configuration.warps, stages=configuration.stages,
+    )  # fmt: skip
+    return {
+        "output": output, "final": final, "weight_sums": weight_sums,
+        "states": states, "normalisers": normalisers,
+    }  # fmt: skip
