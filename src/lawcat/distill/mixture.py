@@ -36,7 +36,8 @@ from lawcat.files import sha256_file
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lawcat.tasks.niah import ValueKind
+    from lawcat.tasks.babi import BabiTask
+    from lawcat.tasks.needle import ValueKind
 
 
 class Turns:
@@ -277,6 +278,7 @@ class _Builder:
             "hub": self._hub,
             "passkey": self._task,
             "needle": self._task,
+            "babilong": self._task,
         }
         return make[source.provider](source)
 
@@ -350,13 +352,18 @@ class _Builder:
     def _task(self, source: DataSource) -> Source:
         record: dict[str, Any] = {"provider": source.provider}
         pair: Pair = _passkey_pair
-        if source.provider == "needle":
+        if source.provider != "passkey":
             prose = self.recipe.prose_sources(source)
             files = [(path, given.text_field) for given in prose for path in find_files(given.paths)]
             documents = [text for path, field in files for text in read_documents(path, field)]
-            pair = partial(_needle_pair, "\n\n".join(documents), source.value_kinds)
+            text = "\n\n".join(documents)
             record["files"] = [{"name": path.name, "sha256": sha256_file(path)} for path, _ in files]
-            record["value_kinds"] = list(source.value_kinds)
+            if source.provider == "needle":
+                pair = partial(_needle_pair, text, source.value_kinds)
+                record["value_kinds"] = list(source.value_kinds)
+            else:
+                pair = partial(_babilong_pair, text if files else None, source.tasks)
+                record["tasks"] = list(source.tasks)
         return TaskSource(
             self.name,
             pair,
@@ -389,3 +396,16 @@ def _needle_pair(
     from lawcat.tasks import niah_training_pair
 
     return niah_training_pair(tokenizer, prose, max_tokens, 0, seed, kind=rng.choice(kinds))
+
+
+def _babilong_pair(
+    prose: str | None,
+    tasks: tuple[BabiTask, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    seed: int,
+    rng: random.Random,
+) -> tuple[str, str]:
+    from lawcat.tasks import babilong_training_pair
+
+    return babilong_training_pair(tokenizer, max_tokens, 0, seed, qa=rng.choice(tasks), text=prose)

@@ -19,7 +19,7 @@ import yaml
 
 from lawcat.errors import ConfigurationError, did_you_mean
 
-Provider = Literal["text", "hub", "passkey", "needle", "teacher"]
+Provider = Literal["text", "hub", "passkey", "needle", "babilong", "teacher"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
@@ -398,24 +398,28 @@ class DataSource(_Settings):
     """One ingredient of the training data.
 
     Args:
-        provider: `"text"` (files), `"hub"` (a data set streamed by name), `"passkey"` and `"needle"` (task
-            data made on the fly), `"teacher"` (text that the teacher writes itself).
+        provider: `"text"` (files), `"hub"` (a data set streamed by name), `"passkey"`, `"needle"` and
+            `"babilong"` (task data made on the fly), `"teacher"` (text that the teacher writes itself).
         weight: Share of the sequences, relative to the other sources' weights; above 0.
         carried_weight: The same among the long sequences of `recovery.carried_segments`; 0 for none, `None`
             for the same as `weight`.
         name: Name in logs and records; `None` means the provider's.
         path: Provider text, required: a file or glob, or a list of them, of `.txt`, `.md` and `.jsonl`, plain
             or with `.gz` or `.xz` after it. Provider needle: the prose to hide needles in, likewise; `None`
-            means that of the recipe's text sources. It must not be text that you evaluate on.
-        text_field: Providers text, needle and hub: the field of a JSONL line or of a row that holds the text.
+            means that of the recipe's text sources. It must not be text that you evaluate on. Provider
+            babilong: the prose between the facts, likewise; without any, a noise sentence is repeated.
+        text_field: Providers text, needle, babilong and hub: the field of a JSONL line or of a row that holds
+            the text.
         dataset: Provider hub, required: the data set's name on the hub.
         subset: Provider hub: the data set's configuration, if it has several.
         split: Provider hub: its split.
         revision: Provider hub: a branch, tag or commit; a commit makes the data reproducible.
         value_kinds: Provider needle: what is hidden, drawn with equal chance from this list of `"numbers"`,
             `"words"` and `"uuids"`; repeat one to have it more often.
-        min_sample_tokens: Providers passkey and needle: least length of a sample. Lengths vary between this
-            and the sequence length.
+        tasks: Provider babilong: which of `"qa1"` to `"qa5"`, drawn with equal chance from this list; repeat
+            one to have it more often. A prompt without facts takes some 200 to 300 tokens.
+        min_sample_tokens: Providers passkey, needle and babilong: least length of a sample. Lengths vary
+            between this and the sequence length.
         num_tokens: Provider teacher: tokens to sample. When training needs more, they come round again in
             another order.
         temperature: Provider teacher: temperature of sampling.
@@ -437,6 +441,7 @@ class DataSource(_Settings):
     split: str = "train"
     revision: str | None = None
     value_kinds: tuple[Literal["numbers", "words", "uuids"], ...] = ("numbers", "numbers", "words", "uuids")
+    tasks: tuple[Literal["qa1", "qa2", "qa3", "qa4", "qa5"], ...] = ("qa1", "qa2", "qa3")
     min_sample_tokens: int = 96
     num_tokens: int = 32768
     temperature: float = 1.0
@@ -447,6 +452,7 @@ class DataSource(_Settings):
         "hub": ("dataset", "subset", "split", "revision", "text_field"),
         "passkey": ("min_sample_tokens",),
         "needle": ("path", "text_field", "value_kinds", "min_sample_tokens"),
+        "babilong": ("path", "text_field", "tasks", "min_sample_tokens"),
         "teacher": ("num_tokens", "temperature", "top_p"),
     }
 
@@ -460,7 +466,7 @@ class DataSource(_Settings):
     @property
     def is_task(self) -> bool:
         """Whether this source is made by the generators that also make evaluation samples."""
-        return self.provider in ("passkey", "needle")
+        return self.provider in ("passkey", "needle", "babilong")
 
     def _without_effect(self) -> dict[str, str]:
         own = ("provider", "weight", "carried_weight", "name", *self._OPTIONS[self.provider])
@@ -483,6 +489,8 @@ class DataSource(_Settings):
             raise _FieldError("dataset", "is missing; provider hub needs the name of a data set.")
         if not self.value_kinds:
             raise _fail("value_kinds", [], "name at least one kind.")
+        if not self.tasks:
+            raise _fail("tasks", [], "name at least one, such as qa2.")
 
 
 @dataclass(frozen=True)
@@ -942,9 +950,9 @@ class Recipe(_Settings):
         values["name"] = f"{self.name}/{variant.name}"
         return _overridden(values, variant.overrides)
 
-    def prose_sources(self, needle: DataSource) -> tuple[DataSource, ...]:
-        """Return what names the prose of a needle source: itself if it has a path, else the text sources."""
-        return (needle,) if needle.paths else tuple(s for s in self.data if s.provider == "text")
+    def prose_sources(self, task: DataSource) -> tuple[DataSource, ...]:
+        """Return what names the prose of a task's source: itself if it has a path, else the text sources."""
+        return (task,) if task.paths else tuple(s for s in self.data if s.provider == "text")
 
     @classmethod
     def shipped(cls) -> tuple[str, ...]:
