@@ -362,7 +362,8 @@ class _Builder:
                 pair = partial(_needle_pair, text, source.value_kinds)
                 record["value_kinds"] = list(source.value_kinds)
             else:
-                pair = partial(_babilong_pair, text if files else None, source.tasks)
+                length = self.recipe.sequence_length
+                pair = partial(_babilong_pair, text if files else None, source.tasks, length)
                 record["tasks"] = list(source.tasks)
         return TaskSource(
             self.name,
@@ -401,6 +402,7 @@ def _needle_pair(
 def _babilong_pair(
     prose: str | None,
     tasks: tuple[BabiTask, ...],
+    sequence_length: int,
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int,
     seed: int,
@@ -408,4 +410,13 @@ def _babilong_pair(
 ) -> tuple[str, str]:
     from lawcat.tasks import babilong_training_pair
 
-    return babilong_training_pair(tokenizer, max_tokens, 0, seed, qa=rng.choice(tasks), text=prose)
+    return babilong_training_pair(
+        tokenizer,
+        max_tokens,
+        0,
+        seed,
+        qa=rng.choice(tasks),
+        text=prose,
+        # A sequence of several segments is for the distance alone.
+        fill=max_tokens >= sequence_length,
+    )

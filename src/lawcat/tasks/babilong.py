@@ -235,10 +235,11 @@ def babilong_training_pair(
     *,
     qa: BabiTask,
     text: str | None = None,
+    fill: bool = False,
 ) -> tuple[str, str]:
     """Return a prompt in BABILong's form and its answer for training, of a story that no evaluation makes.
 
-    Half of the prompts are filled up with noise, an eighth has none, and the others have some. The same facts
+    Half of the prompts are filled up with noise, an eighth have none, and the others have some. The same facts
     with the same question are never in both, whatever the seeds; the published files are not looked at.
 
     Args:
@@ -249,6 +250,7 @@ def babilong_training_pair(
         qa: `"qa1"` to `"qa5"`.
         text: Prose for the noise, from a random place on; it must not be an evaluation's. None means the
             noise sentence of passkey retrieval, again and again.
+        fill: Fill all prompts up.
 
     Returns:
         The prompt and the answer in the form that the prompt asks for: tokenize them as one text
@@ -273,7 +275,7 @@ def babilong_training_pair(
             most_lines = len(asked.facts)
             continue
         share = rng.random()
-        noise_tokens = spare if share < 0.5 else round(spare * rng.random()) if share < 0.875 else 0
+        noise_tokens = spare if fill or share < 0.5 else round(spare * rng.random()) if share < 0.875 else 0
         noise = NOISE_SENTENCE if text is None else text
         while noise_tokens > 0:
             context = _scatter(tokenizer, asked.facts, noise, noise_tokens, rng)
