@@ -9,6 +9,11 @@ import hypothesis
 import pytest
 import torch
 
+# Without a GPU, Triton kernels run in its interpreter. Read when triton is first imported, which some of
+# transformers' modules do.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from lawcat import LawcatConfig, LawcatForCausalLM
 from small_models import make_config, make_model
 
