@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -69,10 +69,24 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_teacher(folder: Path, *, seed: int = 0, **fields: Any) -> Path:
-    """Write a teacher with its tokenizer into a folder and return it."""
-    tiny_teacher(seed=seed, **fields).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+def spelling_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of single bytes, which holds whatever a task hides."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = {"<unk>": 0, "<bos>": 1, "<eos>": 2, **{byte: 3 + i for i, byte in enumerate(alphabet)}}
+    backend = Tokenizer(models.BPE(pieces, [], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<bos>", eos_token="<eos>"
+    )
+
+
+def save_teacher(folder: Path, *, seed: int = 0, spells: bool = False, **fields: Any) -> Path:
+    """Write a teacher with its tokenizer, of words or of bytes, into a folder and return it."""
+    tokenizer = spelling_tokenizer() if spells else tiny_tokenizer()
+    sizes = {"vocab_size": len(tokenizer)} | fields
+    tiny_teacher(seed=seed, **sizes).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -25,7 +25,7 @@ from lawcat.distill.assessment import EVALUATION_FOLDER, assess, measured, store
 from lawcat.distill.linearize import RUN_NAME, check_config, linearize
 from lawcat.distill.recipe import Matrix, Recipe, Variant, dotted_keys
 from lawcat.distill.text import Progress
-from lawcat.errors import BusyError, ConfigurationError, LawcatError, MissingDependencyError, did_you_mean
+from lawcat.errors import BusyError, ConfigurationError, LawcatError, did_you_mean
 from lawcat.evaluation.lengths import format_length
 from lawcat.evaluation.report import write_report
 from lawcat.files import write_atomic
@@ -307,7 +307,7 @@ def _write_report(
     try:
         payloads.insert(0, measured(teacher, "teacher", shared, recipe, progress, message))
         message(f"report: {write_report(directory / REPORT_FOLDER, payloads)}")
-    except MissingDependencyError as error:  # plots need more than training does
+    except Exception as error:  # all that it would show is kept, and a report can be made of it later
         message(f"no report: {error}")
 
 
