@@ -15,6 +15,8 @@ K convolution taps. A tile's rows or columns beyond F / 2, D or R are padding up
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
@@ -302,40 +304,49 @@ def decode_step(
     if batch:
         half, group = features // 2, num_heads // num_state_heads
         blocks = _blocks(group, half, head_dim)
-        _decode_step[(batch * num_state_heads,)](
-            q,
-            k,
-            v,
-            gate_logits,
-            state,
-            q_inputs,
-            k_inputs,
-            q_conv,
-            k_conv,
-            feature_weight,
-            out,
-            q.stride(0),
-            q.stride(1),
-            k.stride(0),
-            k.stride(1),
-            v.stride(0),
-            v.stride(1),
-            0 if gate_logits is None else gate_logits.stride(0),
-            0 if gate_logits is None else gate_logits.stride(1),
-            gate_divisor,
-            min_log_decay,
-            eps,
-            N=num_state_heads,
-            R=group,
-            REPEATS=num_state_heads // k.shape[1],
-            D=head_dim,
-            HALF=half,
-            TAPS=0 if q_conv is None else q_conv.shape[1],
-            GATE_WIDTH=0 if gate_logits is None else gate_logits.shape[2],
-            NORMALIZE=normalize,
-            **blocks,
-        )
+        launch = _decode_step[(batch * num_state_heads,)]
+        with _device_of(q):
+            launch(
+                q,
+                k,
+                v,
+                gate_logits,
+                state,
+                q_inputs,
+                k_inputs,
+                q_conv,
+                k_conv,
+                feature_weight,
+                out,
+                q.stride(0),
+                q.stride(1),
+                k.stride(0),
+                k.stride(1),
+                v.stride(0),
+                v.stride(1),
+                0 if gate_logits is None else gate_logits.stride(0),
+                0 if gate_logits is None else gate_logits.stride(1),
+                gate_divisor,
+                min_log_decay,
+                eps,
+                N=num_state_heads,
+                R=group,
+                REPEATS=num_state_heads // k.shape[1],
+                D=head_dim,
+                HALF=half,
+                TAPS=0 if q_conv is None else q_conv.shape[1],
+                GATE_WIDTH=0 if gate_logits is None else gate_logits.shape[2],
+                NORMALIZE=normalize,
+                **blocks,
+            )
     return out[:, None] if has_token_dim else out
+
+
+def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Return a context in which triton launches on the tensor's device, which it does not look at."""
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 def _blocks(group: int, half: int, head_dim: int) -> dict[str, int]:

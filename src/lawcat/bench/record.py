@@ -1,0 +1,76 @@
+"""One cell of a benchmark: a figure, or the reason why there is none."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lawcat.bench.timing import Failure, Timing
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one contender took for one measurement at one length.
+
+    Attributes:
+        measurement: What was done, such as ``"operator forward"`` or ``"model prefill"``.
+        shape: Name of the heads and widths, or of the model.
+        contender: Who did it.
+        is_ours: Whether that is lawcat.
+        tokens: Tokens of a sequence; for decoding those already in the context.
+        batch: Sequences.
+        median_s: Median of the repetitions; None where there is no figure.
+        quartiles_s: Their first and third quartile.
+        repetitions: How many.
+        first_call_s: The first call of all, compilation included.
+        tokens_per_s: Tokens read (decoding: made) a second, over the batch.
+        peak_memory_bytes: The most memory in use during a call, above what was held before it.
+        error: Relative error against the definition in float64 at a small length, by which the contender was
+            admitted; None where there is no such check.
+        uses_cuda_graph: Whether the call was the replay of a CUDA graph.
+        backend: Which implementation of ours ran.
+        reason: Why there is no figure.
+    """
+
+    measurement: str
+    shape: str
+    contender: str
+    is_ours: bool
+    tokens: int
+    batch: int
+    median_s: float | None = None
+    quartiles_s: tuple[float, float] | None = None
+    repetitions: int = 0
+    first_call_s: float | None = None
+    tokens_per_s: float | None = None
+    peak_memory_bytes: int | None = None
+    error: float | None = None
+    uses_cuda_graph: bool = False
+    backend: str | None = None
+    reason: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, timing: Timing | Failure, *, num_tokens_done: int, **fields: Any) -> Record:
+        """Return the record of what was timed.
+
+        Args:
+            timing: The time, or why there is none.
+            num_tokens_done: Tokens that one repetition reads or makes, over the batch.
+            fields: The record's other fields.
+        """
+        if isinstance(timing, Failure):
+            return cls(reason=timing.reason, **fields)
+        return cls(
+            median_s=timing.median_s,
+            quartiles_s=timing.quartiles_s,
+            repetitions=len(timing.seconds),
+            first_call_s=timing.first_call_s,
+            tokens_per_s=num_tokens_done / timing.median_s,
+            peak_memory_bytes=timing.peak_memory_bytes,
+            uses_cuda_graph=timing.uses_cuda_graph,
+            **fields,
+        )
