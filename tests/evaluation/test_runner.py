@@ -1,4 +1,5 @@
 import json
+import threading
 from collections.abc import Mapping
 
 import pytest
@@ -9,6 +10,7 @@ from lawcat.errors import ConfigurationError, DataError
 from lawcat.evaluation.answering import reads_in_pieces
 from lawcat.evaluation.records import read_records
 from lawcat.evaluation.runner import evaluate
+from lawcat.evaluation.samples import SampleCache, made_ahead
 from lawcat.tasks import Sample, TextSource
 from lawcat.tasks.sample import Task, count_tokens
 
@@ -43,7 +45,12 @@ class Counting(Task):
         )
 
     def score(self, sample, answer_text):
+        if answer_text == "the rule's":
+            return {"right": float(sample.index == 0), "half": 0.5}
         return {"right": float(sample.index % 2), "half": 0.5}
+
+    def rule_answers(self, sample):
+        return {"first": "the rule's"}
 
 
 def run(model, tokenizer, task=None, **options):
@@ -194,6 +201,120 @@ def test_a_sample_that_cannot_be_made_is_recorded_and_the_run_goes_on(tokenizer,
     assert (mended.num_resumed, mended.num_errors) == (5, 0)
 
 
+def test_a_first_sample_that_crashes_does_not_stop_the_run(tokenizer, model):
+    result = run(model, tokenizer, Counting(crashing=[0]))
+    assert result.num_errors == 1
+    assert result.cells[0].records[0].error == "RuntimeError: no sample 0"
+
+
+def test_what_the_report_reads(tokenizer, model, tmp_path):
+    path = tmp_path / "samples.jsonl"
+    result = run(model, tokenizer, Counting(crashing=[2]), samples=5, output_jsonl=path).to_json()
+    assert (result["schema"], result["kind"]) == (1, "teacher")
+    assert result["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert result["peak_memory_bytes"] > 10_000_000
+    assert result["settings"]["attention"] == "sdpa"
+    (cell,) = result["results"]
+    assert cell["rules"] == {"first": 0.25}  # sample 0 of the four that did not crash
+    assert cell["state_bytes"] == 2 * 2 * 2 * 8 * 4 * cell["max_tokens"]
+    total = sum(record.num_tokens + 5 for record in read_records(path).values())
+    assert cell["tokens_per_second"] == pytest.approx(total / cell["seconds"], rel=0.1)
+    zero, crashed, four = cell["failures"]
+    assert set(zero) == {
+        "index", "depth", "num_tokens", "prompt_head", "prompt_tail", "wanted", "given", "score", "error"
+    }  # fmt: skip
+    assert (zero["index"], zero["score"], zero["wanted"], zero["error"]) == (0, 0.0, ["a"], None)
+    assert (crashed["index"], crashed["score"]) == (2, None)
+    assert crashed["error"] == "RuntimeError: no sample 2"
+    assert four["depth"] == 0.4
+    # All of it but the peak is known to a run that answers nothing anew.
+    again = run(model, tokenizer, Counting(crashing=[2]), samples=2, output_jsonl=path).to_json()
+    assert again["peak_memory_bytes"] is None
+    assert again["results"][0]["rules"] == {"first": 0.5}
+    assert again["results"][0]["state_bytes"] == cell["state_bytes"]
+    assert run(tiny_lawcat(), tokenizer).kind == "student"
+    assert (
+        "rules"
+        not in evaluate(model, tokenizer, tasks=["passkey"], lengths=[300], samples=1).cells[0].to_json()
+    )
+
+
+def test_several_models_share_samples_made_once(tokenizer, model):
+    task, cache = Counting(), SampleCache()
+    first = run(model, tokenizer, task, sample_cache=cache)
+    assert len(task.made) == 7
+    second = run(tiny_lawcat(), tokenizer, task, sample_cache=cache)
+    assert len(task.made) == 7
+    assert given(second) == given(run(tiny_lawcat(), tokenizer, Counting()))
+    assert given(second) != given(first)
+    # Not for other questions, and not without room.
+    run(model, tokenizer, task, sample_cache=cache, seed=1)
+    assert len(task.made) == 14
+    run(model, tokenizer, task, sample_cache=SampleCache(max_bytes=0))
+    assert len(task.made) == 14 + 8  # the first one is tried before the run
+
+
+def test_samples_made_in_the_background_are_the_same(tokenizer, model, monkeypatch):
+    whole = run(model, tokenizer, Counting(crashing=[3]), lengths=[100, 400], batch_tokens=200)
+
+    def in_background(items, *, in_background):
+        return made_ahead(items, in_background=True)
+
+    monkeypatch.setattr("lawcat.evaluation.runner.made_ahead", in_background)
+    again = run(model, tokenizer, Counting(crashing=[3]), lengths=[100, 400], batch_tokens=200)
+    assert given(again) == given(whole)
+    assert again.num_errors == 2
+
+
+def test_items_made_ahead_keep_their_order_and_errors():
+    def items():
+        yield from range(5)
+        raise KeyError("the fifth")
+
+    with made_ahead(items(), in_background=True) as ready:
+        assert [next(ready) for _ in range(5)] == [0, 1, 2, 3, 4]
+        with pytest.raises(KeyError, match="the fifth"):
+            next(ready)
+
+    before = threading.active_count()
+    with made_ahead(iter(range(10**9)), in_background=True) as ready:
+        assert next(ready) == 0
+    assert threading.active_count() == before
+
+
+def test_a_batch_that_does_not_fit_is_not_tried_again(tokenizer, model):
+    whole = run(model, tokenizer, lengths=[100, 400])
+    sizes = []
+
+    def refuse(_, args, kwargs):
+        rows, columns = kwargs["input_ids"].shape
+        if columns > 1:
+            sizes.append(rows)
+        if rows > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    reads_in_pieces(model)
+    model.register_forward_pre_hook(refuse, with_kwargs=True)
+    result = run(model, tokenizer, lengths=[100, 400])
+    assert result.num_errors == 0
+    assert given(result) == given(whole)
+    # 7 rows, halved to 3 and 4; after that, nothing of three short rows' size.
+    assert [size for size in sizes if size > 2] == [7, 3]
+
+
+def test_length_zero_is_for_tasks_that_have_it(tokenizer, model):
+    class Zero(Counting):
+        name = "zero"
+        has_zero_length = True
+
+    result = evaluate(model, tokenizer, tasks=[Zero(), Counting()], lengths=["0k", "100"], samples=1)
+    assert [(cell.task, cell.length) for cell in result.cells] == [
+        ("zero", 0), ("zero", 100), ("counting", 100)
+    ]  # fmt: skip
+    with pytest.raises(ConfigurationError, match="length is 0"):
+        evaluate(model, tokenizer, tasks=["passkey"], lengths=["0k"], samples=1)
+
+
 def test_a_crash_of_the_model_costs_one_sample(tokenizer, model):
     whole = run(model, tokenizer, samples=8)
     poison = tokenizer("3").input_ids[-1]
@@ -298,13 +419,46 @@ def test_options_and_haystack_reach_their_tasks_and_the_results(tokenizer, model
         evaluate(model, tokenizer, tasks=["passkey"], lengths=[300], samples=1, haystack=source)
 
 
+def test_outside_data_reaches_the_tasks_that_take_it(tokenizer, model):
+    class Facts(Counting):
+        name = "facts"
+        default_options: Mapping = {"word": "grass", "noise": None, "babi": None}
+
+        def generate(self, tokenizer, length, index, seed, *, noise, babi, **options):
+            taken.append((noise, babi))
+            return super().generate(tokenizer, length, index, seed, **options)
+
+    taken = []
+    source = TextSource("own.txt", "Nothing of note. ")
+    result = evaluate(
+        model,
+        tokenizer,
+        tasks=[Facts(), Counting()],
+        lengths=[100],
+        samples=1,
+        noise=source,
+        babi="some/where",
+    )
+    assert set(taken) == {(source, "some/where")}
+    facts, counting = result.to_json()["results"]
+    assert facts["noise"] == facts["options"]["noise"] == {"name": "own.txt", "sha256": source.sha256}
+    assert "noise" not in counting
+    with pytest.warns(UserWarning, match="has no effect") as caught:
+        run(model, tokenizer, samples=1, noise=source, babi="some/where")
+    assert [str(one.message).split(":")[0] for one in caught] == [
+        "The noise 'own.txt' has no effect",
+        "The babi 'where' has no effect",
+    ]
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"tasks": ["pass_key"]}, ConfigurationError, r"no task 'pass_key'.*Did you mean 'passkey'"),
         ({"tasks": []}, ConfigurationError, "nothing to evaluate"),
         ({"lengths": []}, ConfigurationError, "nothing to evaluate"),
-        ({"lengths": ["8 kilo"]}, ConfigurationError, "is not a length"),
+        ({"lengths": ["8 kilo"]}, ConfigurationError, "'8 kilo' is not a length.*Did you mean '8k'"),
+        ({"tasks": ["niah_single_2"], "noise": "no/such.txt"}, DataError, "No file found"),
         ({"lengths": [20]}, DataError, "Ask for a length of at least"),
         ({"samples": 0}, ConfigurationError, "samples is 0"),
         ({"batch_tokens": -1}, ConfigurationError, "batch_tokens is -1"),

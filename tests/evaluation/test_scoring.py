@@ -63,6 +63,21 @@ def test_no_lengths(text):
         parse_length(text)
 
 
+def test_length_zero_only_where_it_may_be():
+    assert [parse_length(text, least=0) for text in ("0", "0k", "0K", 0)] == [0] * 4
+    assert parse_lengths("0k,1k", least=0) == [0, 1024]
+    with pytest.raises(ConfigurationError, match="'-1' is not a length"):
+        parse_length("-1", least=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"), [("8kb", "8k"), ("8 kilo", "8k"), ("16 K tokens", "16k"), ("1m", "1024k")]
+)
+def test_units_that_are_nearly_right(text, meant):
+    with pytest.raises(ConfigurationError, match=f"Did you mean '{meant}'"):
+        parse_length(text)
+
+
 def test_lists_of_lengths():
     assert parse_lengths("1024, 2k,1k,") == [1024, 2048]
     with pytest.raises(ConfigurationError, match="holds no length"):
