@@ -267,6 +267,19 @@ def test_needles_lie_in_the_recipes_own_text(tmp_path: Path, tokenizer: Any, pro
     ]
 
 
+def test_needles_lie_in_every_haystack_asked_for(tmp_path: Path, tokenizer: Any, prose: Path) -> None:
+    options = {"value_kinds": ["numbers"], "haystacks": ["noise", "needle"], "num_keys": [1, 3]}
+    mixture = mixture_of(tmp_path, {"provider": "needle", **options}, sequence_length=512)
+    texts = [tokenizer.decode(mixture.sequence(index).input_ids) for index in range(12)]
+    assert any("The grass is green" in text for text in texts)
+    assert any("The grass is green" not in text for text in texts)
+    assert all("special magic number" in text for text in texts)
+    record = mixture.describe()["sources"][0]
+    assert {name: record[name] for name in options} == options
+    again = mixture_of(tmp_path, {"provider": "needle", **options, "num_keys": [3]}, sequence_length=512)
+    assert again.describe()["sources"][0]["sha256"] != record["sha256"]
+
+
 def three_sources(prose: Path) -> list[dict[str, Any]]:
     return [
         {"provider": "text", "path": str(prose), "weight": 2},

@@ -53,6 +53,8 @@ def sources() -> st.SearchStrategy[DataSource]:
             provider=st.just("needle"),
             path=texts,
             value_kinds=st.lists(st.sampled_from(["numbers", "words", "uuids"]), min_size=1).map(tuple),
+            haystacks=st.lists(st.sampled_from(["prose", "noise", "needle"]), min_size=1).map(tuple),
+            num_keys=st.lists(st.integers(1, 4), min_size=1).map(tuple),
             min_sample_tokens=st.just(16),
             **common,
         ),

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lawcat.tasks.babi import BabiTask
-    from lawcat.tasks.needle import ValueKind
 
 
 class Turns:
@@ -359,8 +358,9 @@ class _Builder:
             text = "\n\n".join(documents)
             record["files"] = [{"name": path.name, "sha256": sha256_file(path)} for path, _ in files]
             if source.provider == "needle":
-                pair = partial(_needle_pair, text, source.value_kinds)
-                record["value_kinds"] = list(source.value_kinds)
+                pair = partial(_needle_pair, text, source)
+                for choice in ("value_kinds", "haystacks", "num_keys"):
+                    record[choice] = list(getattr(source, choice))
             else:
                 length = self.recipe.sequence_length
                 pair = partial(_babilong_pair, text if files else None, source.tasks, length)
@@ -388,7 +388,7 @@ def _passkey_pair(
 
 def _needle_pair(
     prose: str,
-    kinds: tuple[ValueKind, ...],
+    source: DataSource,
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int,
     seed: int,
@@ -396,7 +396,11 @@ def _needle_pair(
 ) -> tuple[str, str]:
     from lawcat.tasks import niah_training_pair
 
-    return niah_training_pair(tokenizer, prose, max_tokens, 0, seed, kind=rng.choice(kinds))
+    kind = rng.choice(source.value_kinds)
+    haystack, num_keys = rng.choice(source.haystacks), rng.choice(source.num_keys)
+    return niah_training_pair(
+        tokenizer, prose, max_tokens, 0, seed, kind=kind, haystack=haystack, num_keys=num_keys
+    )
 
 
 def _babilong_pair(

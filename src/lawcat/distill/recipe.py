@@ -416,6 +416,9 @@ class DataSource(_Settings):
         revision: Provider hub: a branch, tag or commit; a commit makes the data reproducible.
         value_kinds: Provider needle: what is hidden, drawn with equal chance from this list of `"numbers"`,
             `"words"` and `"uuids"`; repeat one to have it more often.
+        haystacks: Provider needle: what it is hidden in, likewise: `"prose"`, `"noise"` (lines of the noise
+            sentence, as `niah_single_1`) or `"needle"` (among other needles, as `niah_multikey_2`).
+        num_keys: Provider needle: how many needles are hidden, one of which is asked for, likewise.
         tasks: Provider babilong: which of `"qa1"` to `"qa5"`, drawn with equal chance from this list; repeat
             one to have it more often. A prompt without facts takes some 200 to 300 tokens.
         min_sample_tokens: Providers passkey, needle and babilong: least length of a sample. Lengths vary
@@ -441,6 +444,8 @@ class DataSource(_Settings):
     split: str = "train"
     revision: str | None = None
     value_kinds: tuple[Literal["numbers", "words", "uuids"], ...] = ("numbers", "numbers", "words", "uuids")
+    haystacks: tuple[Literal["prose", "noise", "needle"], ...] = ("prose",)
+    num_keys: tuple[int, ...] = (1,)
     tasks: tuple[Literal["qa1", "qa2", "qa3", "qa4", "qa5"], ...] = ("qa1", "qa2", "qa3")
     min_sample_tokens: int = 96
     num_tokens: int = 32768
@@ -451,7 +456,7 @@ class DataSource(_Settings):
         "text": ("path", "text_field"),
         "hub": ("dataset", "subset", "split", "revision", "text_field"),
         "passkey": ("min_sample_tokens",),
-        "needle": ("path", "text_field", "value_kinds", "min_sample_tokens"),
+        "needle": ("path", "text_field", "value_kinds", "haystacks", "num_keys", "min_sample_tokens"),
         "babilong": ("path", "text_field", "tasks", "min_sample_tokens"),
         "teacher": ("num_tokens", "temperature", "top_p"),
     }
@@ -489,6 +494,10 @@ class DataSource(_Settings):
             raise _FieldError("dataset", "is missing; provider hub needs the name of a data set.")
         if not self.value_kinds:
             raise _fail("value_kinds", [], "name at least one kind.")
+        if not self.haystacks:
+            raise _fail("haystacks", [], "name at least one: prose, noise or needle.")
+        if not self.num_keys or min(self.num_keys) < 1:
+            raise _fail("num_keys", list(self.num_keys), "give at least one number, none below 1.")
         if not self.tasks:
             raise _fail("tasks", [], "name at least one, such as qa2.")
 
@@ -911,7 +920,8 @@ class Recipe(_Settings):
                     source.min_sample_tokens,
                     f"it must be at most sequence_length, which is {self.sequence_length}.",
                 )
-            if source.provider == "needle" and not self.prose_sources(source):
+            hides_in_prose = source.provider == "needle" and "prose" in source.haystacks
+            if hides_in_prose and not self.prose_sources(source):
                 raise _FieldError(
                     f"data.{i}.path",
                     "is missing; without a source of provider text, needles need prose of their own.",
