@@ -97,6 +97,7 @@ class BabiLong(Task):
 
     metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
     default_options: ClassVar[Mapping[str, Any]] = {"noise": None, "babi": None, "length_tokenizer": None}
+    has_zero_length = True
 
     def __init__(self, qa: BabiTask) -> None:
         self.name = f"babilong_{qa}"
@@ -239,8 +240,8 @@ def babilong_training_pair(
 ) -> tuple[str, str]:
     """Return a prompt in BABILong's form and its answer for training, of a story that no evaluation makes.
 
-    Half of the prompts are filled up with noise, an eighth have none, and the others have some. The same facts
-    with the same question are never in both, whatever the seeds; the published files are not looked at.
+    Half of the prompts are filled up with noise, an eighth have none, and the others have some. No facts with
+    the same question are ever in both, whatever the seeds; the published files are not looked at.
 
     Args:
         tokenizer: Measures the text.
