@@ -54,10 +54,10 @@ def _cell(rng, model, number, task, length, samples):
             "index": index,
             "depth": (index % 11) / 10,
             "num_tokens": length - 7,
-            "prompt_head": "A special magic number is hidden within the following text. Make sure to memorize it. "
-            "I will quiz you about the number afterwards.\nThe grass is green. The sky is blue.",
-            "prompt_tail": " The sun is yellow. Here we go. There and back again.\nWhat is the special magic number "
-            "for furtive-apple mentioned in the provided text?",
+            "prompt_head": "A special magic number is hidden within the following text. Make sure to "
+            "memorize it. I will quiz you about the number afterwards.\nThe grass is green. The sky is blue.",
+            "prompt_tail": " The sun is yellow. Here we go. There and back again.\nWhat is the special magic "
+            "number for furtive-apple mentioned in the provided text?",
             "wanted": [str(rng.randrange(10**6, 10**7))],
             "given": HOSTILE if index == right else rng.choice(["", " 1234567", " The grass is green. " * 6]),
             "score": 0.0,

@@ -197,7 +197,7 @@ def report(
     output: Annotated[Path, typer.Option(help="Write report.html and report.md into this directory.")],
     image_format: Annotated[str, typer.Option(help="Plots of report.md: svg or png.")] = "svg",
 ) -> None:
-    """Make one report of stored results. Models stand in the order of the files, so name the teacher's first."""
+    """Make one report of stored results, models in the order of the files: the teacher's first."""
     from lawcat.cli.report import run_report
 
     run_report(files, output, image_format)

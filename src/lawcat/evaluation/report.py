@@ -45,7 +45,8 @@ def write_report(
 
     Raises:
         ConfigurationError: for no results, two models of one name, or another format.
-        MissingDependencyError: without matplotlib.
+        MissingDependencyError: without matplotlib, which draws the markdown page's plots; `report.html` is
+            written by then.
         LawcatError: if a file cannot be written.
     """
     # Imported here, because a page is asked for less often than a table.

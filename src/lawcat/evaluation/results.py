@@ -119,10 +119,10 @@ def join_results(payloads: Sequence[Payload]) -> list[Payload]:
     for payload in payloads:
         name = str(payload["model"])
         before = joined.setdefault(name, {**payload, "results": [], "perplexity": [], "command": None})
-        for field, what in (("model_fingerprint", "weights"), ("seed", "a seed")):
+        for field, what in (("model_fingerprint", "other weights"), ("seed", "another seed")):
             if before.get(field) != payload.get(field):
                 raise ConfigurationError(
-                    f"Two results are of a model named {name!r} but with other {what} "
+                    f"Two results are of a model named {name!r} but with {what} "
                     f"({before.get(field)} and {payload.get(field)}). Report them apart, or rename one."
                 )
         for kind in ("results", "perplexity"):

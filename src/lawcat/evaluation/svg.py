@@ -19,7 +19,7 @@ NUM_COLORS = 6
 
 _WIDTH, _HEIGHT = 480, 320
 # Room for labels of 17 units, the size that a phone shows them in.
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 16, 14, 58
+_RIGHT, _TOP, _BOTTOM = 16, 14, 58
 _MARKERS = (
     "M-4.5 0A4.5 4.5 0 1 0 4.5 0A4.5 4.5 0 1 0-4.5 0Z",
     "M-4-4H4V4H-4Z",
@@ -80,14 +80,14 @@ def swatch_svg(line: Line) -> Markup:
 
 
 def _axes(chart: Chart, across: Callable[[float], float], down: Callable[[float], float]) -> Markup:
-    right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
+    left, right, bottom = _left(chart), _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
     parts = []
     for value in _y_ticks(chart):
         y = f"{down(value):.1f}"
         parts.append(
             Markup(
                 '<path class="grid" d="M{} {}H{}"/><text class="y" x="{}" y="{}" dy=".35em">{}</text>'
-            ).format(_LEFT, y, right, _LEFT - 7, y, chart.format_y(value))
+            ).format(left, y, right, left - 7, y, chart.format_y(value))
         )
     for tick in _spread(chart.ticks, across):
         x = f"{across(tick):.1f}"
@@ -98,10 +98,15 @@ def _axes(chart: Chart, across: Callable[[float], float], down: Callable[[float]
         )
     parts.append(
         Markup('<path class="axis" d="M{} {}H{}"/><text class="x label" x="{}" y="{}">{}</text>').format(
-            _LEFT, bottom, right, (_LEFT + right) / 2, _HEIGHT - 9, chart.x_label
+            left, bottom, right, (left + right) / 2, _HEIGHT - 9, chart.x_label
         )
     )
     return Markup("").join(parts)
+
+
+def _left(chart: Chart) -> float:
+    """Return where the x axis begins, right of the widest label."""
+    return 14 + 9.8 * max(len(chart.format_y(value)) for value in _y_ticks(chart))
 
 
 def _line(line: Line, places: Sequence[tuple[float, float]], down: Callable[[float], float]) -> Markup:
@@ -157,12 +162,13 @@ def _x_scale(chart: Chart) -> Callable[[float], float]:
         return math.log2(x) if x > 0 else math.log2(smallest) - 1
 
     low, high = octaves(xs[0]), octaves(xs[-1])
-    width = _WIDTH - _LEFT - _RIGHT
+    left = _left(chart)
+    width = _WIDTH - left - _RIGHT
     # Half a label's width on both sides, so that none leaves the picture.
     pad = 22
     if high == low:
-        return lambda x: _LEFT + width / 2
-    return lambda x: _LEFT + pad + (octaves(x) - low) / (high - low) * (width - 2 * pad)
+        return lambda x: left + width / 2
+    return lambda x: left + pad + (octaves(x) - low) / (high - low) * (width - 2 * pad)
 
 
 def _y_scale(chart: Chart) -> Callable[[float], float]:
