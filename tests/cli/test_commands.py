@@ -23,14 +23,14 @@ data:
     path: {text}
 attention_transfer: {{steps: 2, batch_sequences: 2}}
 recovery: {{steps: 2, batch_sequences: 2, lora_rank: 2}}
-evaluation: {{tasks: [passkey], lengths: [128], samples: 2, perplexity_tokens: 64}}
+evaluation: {{tasks: [passkey], lengths: [512], samples: 2, perplexity_tokens: 64}}
 """
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("commands")
-    save_teacher(folder / "teacher", tie_word_embeddings=True)
+    save_teacher(folder / "teacher", spells=True, tie_word_embeddings=True)
     text = write_text(folder / "text.txt")
     (folder / "recipe.yaml").write_text(RECIPE.format(text=text), encoding="utf-8")
     return folder
@@ -85,12 +85,51 @@ def test_a_second_run_finds_everything_done(place: Path, student: Path) -> None:
     assert (student / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_matrix(place: Path) -> None:
+    recipe, out = place / "matrix.yaml", place / "matrix"
+    text = (place / "recipe.yaml").read_text(encoding="utf-8")
+    # The second fails at the beginning of stage 2.
+    matrix = "matrix: {plain: {}, bad: {recovery.lora_targets: [x]}, per-head: {model.gate: head}}\n"
+    recipe.write_text(text + matrix, encoding="utf-8")
+    arguments = [
+        "linearize",
+        place / "teacher",
+        out,
+        "--recipe",
+        recipe,
+        "--set",
+        "attention_transfer.steps=1",
+    ]
+    first = run(*arguments, "--variant", "per-head", "--no-evaluate")
+    assert first.exit_code == 0, first.stderr
+    assert "| plain | 0 | - | - | - | - | not finished |" in first.stdout
+    assert first.stdout.strip().endswith(str(out))
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert "variant 3 of 3: per-head" in result.stderr
+    assert "bad FAILED: recovery.lora_targets: 'x' is not a linear layer" in result.stderr
+    assert result.stderr.strip().endswith("lawcat: failed: bad; the same command tries again")
+    assert result.stdout.startswith((out / "matrix.md").read_text(encoding="utf-8"))
+    assert "| per-head | 0 | `model.gate: head` |" in result.stdout
+    steps = [json.loads(line)["stage"] for line in (out / "plain" / "training_log.jsonl").open()]
+    assert steps == [1, 2, 2]
+    assert "stage" not in run(*arguments, "--variant", "plain", "--no-evaluate").stderr
+
+
+def test_a_recipe_from_several_seeds(place: Path) -> None:
+    out = place / "seeds"
+    arguments = ["linearize", place / "teacher", out, "--recipe", place / "recipe.yaml", "--no-evaluate"]
+    result = run(*arguments, "--seeds", "0, 5", "--set", "recovery.steps=0")
+    assert result.exit_code == 0, result.stderr
+    assert {path.name for path in out.iterdir() if path.is_dir()} == {"tiny", "tiny-seed5"}
+
+
 def test_eval_of_several_models(place: Path, student: Path) -> None:
     report, records = place / "report", place / "samples.jsonl"
     arguments = ["eval", place / "teacher", student, student / "adapter", "--tasks", "passkey,perplexity"]
     arguments += [
         "--lengths",
-        "128",
+        "512",
         "--samples",
         2,
         "--perplexity-tokens",
@@ -109,7 +148,7 @@ def test_eval_of_several_models(place: Path, student: Path) -> None:
 
 def test_eval_writes_the_contract_s_json(place: Path, student: Path) -> None:
     output = place / "results.json"
-    result = run("eval", student, "--lengths", "128", "--samples", 2, "--output", output)
+    result = run("eval", student, "--lengths", "512", "--samples", 2, "--output", output)
     assert result.exit_code == 0, result.stderr
     found = json.loads(output.read_text(encoding="utf-8"))
     assert found["schema"] == 1
@@ -149,6 +188,13 @@ def test_info(place: Path, student: Path, which: str) -> None:
         (["linearize", "x", "y", "--set", "recovery.step=1"], "Did you mean 'steps'"),
         (["linearize", "x", "y", "--set", "recovery.steps"], "give a field and a value"),
         (["linearize", "/nowhere/at/all", "y"], "there is no file or folder"),
+        (["linearize", "x", "y", "--variant", "no-conv"], "the recipe 'quick' has no matrix"),
+        (["linearize", "x", "y", "--recipe", "ablations", "--variant", "no-cnv"], "Did you mean 'no-conv'"),
+        (["linearize", "x", "y", "--recipe", "ablations", "--seeds", "1,x"], "give whole numbers, as in"),
+        (
+            ["linearize", "x", "y", "--recipe", "ablations", "--set", "matrix.a.seed=1"],
+            "in the recipe's file",
+        ),
         (["generate", "x", "--prompt", "  "], "the prompt is empty"),
         (["info", "/nowhere/at/all"], "there is no file or folder"),
     ],

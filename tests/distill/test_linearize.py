@@ -35,6 +35,7 @@ from lawcat.distill.linearize import linearize
 from lawcat.distill.recipe import Recipe
 from lawcat.distill.training_log import read_log
 from lawcat.errors import (
+    BusyError,
     CheckpointError,
     ConfigurationError,
     DataError,
@@ -293,6 +294,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hybrid": {"model__softmax_layers": (1,), "model__gate": "head"},
     "nothing carried": {"recovery__carried_segments": 0},
     "longer batches carried": {"recovery__carried_sequences": 3},
+    "gates pulled": {"attention_transfer__gate_penalty": 0.1, "recovery__gate_penalty": 0.1},
+    "LoLCATs": {
+        "model__feature_map": "untied",
+        "model__feature_dim": 16,
+        "model__linear_rope": True,
+        "model__sliding_window": 4,
+        "model__gate": "none",
+        "model__use_conv": False,
+        "recovery__new_parameter_learning_rate": 0,
+    },
 }
 
 
@@ -511,6 +522,64 @@ def test_bad_input_is_refused_before_anything_is_made(run: TinyRun, tmp_path: Pa
             linearize(str(run.teacher), tmp_path / f"out-{path.stem}", tiny_recipe(path))
     with pytest.raises(ConfigurationError, match=r"recovery\.lora_targets: 'q_prj' is not a linear layer"):
         run("bad targets", recovery__lora_targets=("q_prj",), attention_transfer__steps=0)
+
+
+def test_two_runs_on_one_directory(run: TinyRun, whole: Path) -> None:
+    refused: list[str] = []
+
+    def again() -> None:
+        if not refused:
+            with (
+                files_unchanged(training_folder(run, "twofold")),
+                pytest.raises(BusyError, match=r"another process is training .*twofold at this moment"),
+            ):
+                run("twofold")
+            exit_code = run.in_a_process(lambda: run("twofold"))
+            refused.append(f"in a process: {exit_code}")
+
+    run("twofold", progress=at(2, 2, again))
+    assert refused == ["in a process: 1"]
+    assert_finished(run, "twofold", whole)
+
+
+def test_a_run_that_has_ended_meanwhile(run: TinyRun, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process writes the student between this one's first look and its lock."""
+    resolve = linearize_module.resolve_teacher
+
+    def resolve_late(*args: Any, **options: Any) -> Any:
+        source = resolve(*args, **options)
+        shutil.copytree(whole, run.place / "late")
+        return source
+
+    with monkeypatch.context() as patch:
+        patch.setattr(linearize_module, "resolve_teacher", resolve_late)
+        with pytest.raises(BusyError, match=r"has just written .*late; run the same command again"):
+            run("late")
+    assert_same_student(run.place / "late", whole)
+    assert run("late").is_reused
+
+
+def test_the_record_counts_what_is_trained_and_what_is_read(run: TinyRun, whole: Path) -> None:
+    stages = json.loads((whole / "lawcat_run.json").read_text())["stages"]
+    rows = read_log(whole / LOG)
+    assert any(row["tokens"] > 32 for row in rows)
+    for number in (1, 2):
+        own = [row for row in rows if row["stage"] == number]
+        assert stages[str(number)]["trained_tokens"] == 6 * 2 * 16
+        assert stages[str(number)]["tokens"] == sum(row["tokens"] for row in own)
+        assert stages[str(number)]["seconds"] == pytest.approx(sum(row["seconds"] for row in own), abs=0.01)
+
+
+def test_new_parameters_that_recovery_leaves_alone(run: TinyRun) -> None:
+    before = tensors_of(run("stage 1 alone", recovery__steps=0).path)
+    after = tensors_of(run("left alone", recovery__new_parameter_learning_rate=0).path)
+    new = [name for name in before if is_new_parameter(name.removeprefix("student "))]
+    assert new
+    assert all(torch.equal(before[name], after[name]) for name in new)
+    assert not torch.equal(
+        before["student model.layers.0.self_attn.q_proj.weight"],
+        after["student model.layers.0.self_attn.q_proj.weight"],
+    )
 
 
 def test_a_text_shorter_than_a_sequence(run: TinyRun, tmp_path: Path) -> None:

@@ -68,9 +68,7 @@ def states(result: MatrixResult) -> dict[str, str]:
 def test_every_variant_is_the_student_that_its_recipe_alone_gives(run: TinyRun, whole: MatrixResult) -> None:
     assert states(whole) == dict.fromkeys(["plain", "no-conv", "no-conv-seed1", "all"], "finished")
     assert whole.failed == ()
-    overrides = {
-        "plain": {},
-        "no-conv": {"model.use_conv": False},
+    overrides: dict[str, dict[str, Any]] = {
         "no-conv-seed1": {"model.use_conv": False, "seed": 1},
         "all": {"recovery.train": "all"},
     }
@@ -78,7 +76,7 @@ def test_every_variant_is_the_student_that_its_recipe_alone_gives(run: TinyRun, 
         alone = linearize(str(run.teacher), run.place / f"alone-{name}", tiny_recipe(run.text), **values)
         assert_same_student(alone.path, whole.path / name)
     assert {path.name for path in whole.path.iterdir()} == {
-        *overrides,
+        *states(whole),
         *("evaluation", "report", "matrix.json", "matrix.md"),
     }
 
@@ -131,9 +129,7 @@ def test_a_second_call_finds_all_done(whole: MatrixResult, run: TinyRun) -> None
     matrix = VARIANTS | {"no-conv": {"model.use_conv": False, "seeds": [3, 1]}}
     before = {path: path.read_bytes() for path in whole.path.glob("*/*.safetensors")}
     steps: list[str] = []
-    again = train(
-        run, "whole", recipe_of(run, matrix), evaluate=True, progress=lambda title, *rest: steps.append(title)
-    )
+    again = train(run, "whole", recipe_of(run, matrix), progress=lambda title, *rest: steps.append(title))
     assert steps == []
     assert again.table == whole.table
     assert {path: path.read_bytes() for path in whole.path.glob("*/*.safetensors")} == before
@@ -208,6 +204,7 @@ def test_one_that_fails_is_told_and_the_others_go_on(
 
 def test_one_that_cannot_be_measured(run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     assess = matrix_module.assess
+    reported: list[dict[str, Any]] = []
 
     def broken(student: Path, *args: Any, **options: Any) -> str:
         if student.name == "no-conv":
@@ -216,12 +213,13 @@ def test_one_that_cannot_be_measured(run: TinyRun, monkeypatch: pytest.MonkeyPat
 
     with monkeypatch.context() as patch:
         patch.setattr(matrix_module, "assess", broken)
+        patch.setattr(matrix_module, "write_report", lambda folder, payloads: reported.extend(payloads))
         result = train(run, "unmeasured", evaluate=True)
+    assert [payload["model"] for payload in reported] == ["teacher", "plain", "all"]
     assert set(states(result).values()) == {"finished"}
     assert [(one.name, one.error) for one in result.failed] == [("no-conv", "RuntimeError: out of memory")]
     assert "| all |" in result.table.split("## passkey")[1]
     assert "| no-conv |" not in result.table.split("## passkey")[1]
-    assert train(run, "unmeasured", evaluate=True).failed == ()
 
 
 def test_two_processes_share_the_work(run: TinyRun, whole: MatrixResult) -> None:

@@ -83,7 +83,7 @@ def recipes() -> st.SearchStrategy[Recipe]:
             steps=steps,
             learning_rate=positive,
             betas=st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)),
-            schedule=st.sampled_from(["cosine", "constant"]),
+            schedule=st.sampled_from(["cosine", "linear", "trapezoid", "constant"]),
         ),
         recovery=st.one_of(
             st.builds(RecoverySettings, steps=steps, lora_rank=st.integers(1, 99), kl_weight=positive),
@@ -107,6 +107,67 @@ def test_every_shipped_recipe_parses(name: str) -> None:
     assert recipe.name == name
     assert recipe.description
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    variants = [recipe.variant(variant) for variant in recipe.matrix.names] if recipe.matrix else []
+    for variant in variants:
+        assert variant.matrix is None
+        assert Recipe.from_yaml(variant.to_yaml()) == variant
+        # What is compared is measured alike, and sees as many tokens.
+        assert variant.evaluation == recipe.evaluation
+        for stage in ("attention_transfer", "recovery"):
+            mine, theirs = getattr(variant, stage), getattr(recipe, stage)
+            assert (mine.steps, mine.batch_sequences) == (theirs.steps, theirs.batch_sequences)
+    assert len({variant.fingerprint() for variant in variants}) == len(variants)
+
+
+def test_the_ablations_change_one_thing_each() -> None:
+    recipe = Recipe.load("ablations")
+    assert recipe.matrix is not None
+    changes = {}
+    base = recipe.variant("lawcat").to_dict()
+    for name in recipe.matrix.names:
+        found = recipe.variant(name).to_dict()
+        changes[name] = {
+            f"{part}.{key}"
+            for part in ("model", "attention_transfer", "recovery")
+            for key in {*base[part], *found[part]}
+            if base[part].get(key) != found[part].get(key)
+        }
+    lora = {"recovery.lora_rank", "recovery.lora_alpha", "recovery.lora_targets"}
+    assert changes == {
+        "lawcat": set(),
+        "no-conv": {"model.use_conv"},
+        "no-normalizer": {"model.use_normalizer"},
+        "rope": {"model.linear_rope"},
+        "window-64": {"model.sliding_window"},
+        "gate-per-head": {"model.gate"},
+        "no-gate": {"model.gate"},
+        "untied-map": {"model.feature_map"},
+        "kv-state": {"model.state_heads"},
+        "all-weights": {"recovery.train", "recovery.learning_rate"} | lora,
+        "lora-on-mlps": {"recovery.lora_targets"},
+        "no-kl": {"recovery.kl_weight", "recovery.kl_temperature"},
+        "nothing-carried": {"recovery.carried_segments", "recovery.carried_share"},
+    }
+    assert recipe.variant("no-gate").model.gate == "none"
+
+
+def test_lolcats_in_the_comparison_is_the_recipe_of_that_name() -> None:
+    comparison, lolcats = Recipe.load("comparison"), Recipe.load("lolcats")
+    theirs = comparison.variant("lolcats")
+    shares = [dataclasses.replace(source, carried_weight=None) for source in theirs.data]
+    assert (
+        dataclasses.replace(theirs, name="lolcats", description=lolcats.description, data=tuple(shares))
+        == lolcats
+    )
+    # With all of our training, only the operator differs from ours.
+    tuned, ours = comparison.variant("lolcats-tuned"), comparison.variant("lawcat")
+    assert tuned.model == theirs.model
+    assert dataclasses.replace(tuned, name=ours.name, model=ours.model) == ours
+    # 100 and 220 steps of 16 sequences, and as many where a state is carried over.
+    recovery = ours.recovery
+    assert (recovery.carried_sequences or recovery.batch_sequences) == recovery.batch_sequences
+    steps = ours.attention_transfer.steps + recovery.steps
+    assert steps * recovery.batch_sequences * ours.sequence_length == 5_242_880
 
 
 def test_the_promised_recipes_are_shipped() -> None:
@@ -433,3 +494,126 @@ def test_reading_a_recipe_does_not_import_torch() -> None:
     code = f"import sys; {load}; print('torch' in sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "False"
+
+
+MATRIX = """
+name: m
+seed: 4
+matrix:
+  seeds: [4, 5]
+  lawcat:
+  no-gate: {model.gate: none, seeds: [0]}
+  all: {recovery: {train: all, learning_rate: 2e-4}, data: [{provider: passkey}]}
+"""
+
+
+def test_a_matrix_is_read_and_written_and_resolved() -> None:
+    recipe = Recipe.from_yaml(MATRIX)
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    assert recipe.matrix is not None
+    assert recipe.matrix.names == ("lawcat", "no-gate", "all")
+    assert recipe.matrix.seeds == (4, 5)
+    assert [variant.seeds for variant in recipe.matrix.variants] == [(), (0,), ()]
+    plain = Recipe(name="m/lawcat", seed=4)
+    assert recipe.variant("lawcat") == plain
+    assert recipe.variant("no-gate", seed=0) == dataclasses.replace(
+        plain, name="m/no-gate", seed=0, model=ModelSettings(gate="none")
+    )
+    changed = recipe.variant("all")
+    assert (changed.recovery.train, changed.recovery.learning_rate) == ("all", 2e-4)
+    assert changed.data == (DataSource(provider="passkey"),)
+    with pytest.raises(
+        ConfigurationError, match=r"no variant 'no-gat' .* there are lawcat, no-gate, all\. Did.*'no-gate'"
+    ):
+        recipe.variant("no-gat")
+    with pytest.raises(
+        ConfigurationError, match="no variant 'x' in the recipe 'y'; the recipe has no matrix"
+    ):
+        Recipe(name="y").variant("x")
+
+
+def test_overrides_of_a_recipe_with_a_matrix_hold_for_all_variants() -> None:
+    recipe = Recipe.from_yaml(MATRIX).with_overrides(
+        {"recovery.learning_rate": "3e-3", "data.0.weight": "7", "recovery.lora_rank": "4"}
+    )
+    resolved = {name: recipe.variant(name) for name in ("lawcat", "no-gate", "all")}
+    assert {variant.recovery.learning_rate for variant in resolved.values()} == {3e-3}
+    assert {variant.data[0].weight for variant in resolved.values()} == {7.0}
+    assert [variant.data[0].provider for variant in resolved.values()] == ["teacher", "teacher", "passkey"]
+    assert [resolved[name].recovery.lora_rank for name in ("lawcat", "no-gate")] == [4, 4]
+    assert resolved["all"].recovery.train == "all"  # which has no rank
+    every = Recipe.from_yaml(MATRIX).with_overrides({"recovery.train": "lora", "model": {"gate": "head"}})
+    assert every.variant("all").recovery.train == "lora"
+    assert every.variant("no-gate").model.gate == "head"
+    assert Recipe.from_yaml(every.to_yaml()) == every
+    with pytest.raises(ConfigurationError, match=r"^matrix\.all\.seeds: a matrix is changed in the recipe's"):
+        recipe.with_overrides({"matrix.all.seeds": "1"})
+
+
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    [
+        (
+            {"a": {"model.use_cov": True}},
+            r"^matrix\.a\.model\.use_cov: unknown key\. Did you mean 'use_conv'\?",
+        ),
+        ({"a": {"mdel": {"gate": "x"}}}, r"^matrix\.a\.mdel: unknown key\. Did you mean 'model'\?"),
+        ({"a": {"model.gate": "hed"}}, r"^matrix\.a\.model\.gate: gate='hed' is not a choice"),
+        ({"a": {"recovery.steps": -1}}, r"^matrix\.a\.recovery\.steps: got -1; it must be 0 or above"),
+        (
+            {"a": {"recovery.train": "all", "recovery.lora_rank": 4}},
+            r"^matrix\.a\.recovery\.lora_rank: .*contradicts train: all",
+        ),
+        (
+            {"a": {"matrix": {"b": {}}}},
+            r"^matrix\.a\.matrix\.b: a variant has no matrix of its own",
+        ),
+        (
+            {"a": {"matrix": {"b": {"seed": 1}}}},
+            r"^matrix\.a\.matrix\.b\.seed: a variant has no matrix of its own",
+        ),
+        ({"a": {"seed": 1}}, r"^matrix\.a\.seed: seeds are a list"),
+        ({"a": {"evaluation.samples": 1}}, r"^matrix\.a\.evaluation\.samples: all variants are measured on"),
+        ({"a": {"name": "b"}}, r"^matrix\.a\.name: the variant's key is its name"),
+        ({"a": {"seeds": []}}, r"^matrix\.a\.seeds: got \[\]; give at least one seed"),
+        ({"a": {}, "seeds": [1, 1]}, r"^matrix\.seeds: got \[1, 1\]; give at least one seed, each once"),
+        ({"a": {}, "seeds": 1}, r"^matrix\.seeds: got 1; give a list"),
+        ({"a": {}, "seeds": ["x"]}, r"^matrix\.seeds\.0: got 'x'; give a whole number"),
+        ({"a": 3}, r"^matrix\.a: got 3; give a mapping of overrides"),
+        ({}, r"^matrix: names no variant"),
+        ({"seeds": [1]}, r"^matrix: names no variant"),
+        ([1], r"^matrix: got \[1\]; give a mapping of variants"),
+        ({"a/b": {}}, r"^matrix: got 'a/b'; a variant names a folder"),
+        ({"..": {}}, r"^matrix: got '\.\.'; a variant names a folder"),
+        ({"": {}}, r"^matrix: got ''; a variant names a folder"),
+        ({7: {}}, r"^matrix: got 7; a variant names a folder"),
+        ({"x" * 65: {}}, r"at most 64"),
+        ({"a": {}, "A": {}}, r"^matrix\.a: another variant has that name but for its capitals"),
+        ({"Report": {}}, r"^matrix\.Report: is what a matrix keeps beside its students"),
+        ({"a.training": {}}, r"^matrix\.a\.training: is what a matrix keeps"),
+        ({"a-seed2": {}}, r"^matrix\.a-seed2: such endings are for the students of other seeds"),
+    ],
+)
+def test_a_matrix_that_cannot_be(matrix: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        Recipe.from_dict({"name": "x", "matrix": matrix})
+
+
+def test_the_gate_named_none_is_a_choice_and_not_nothing() -> None:
+    recipe = Recipe(name="x").with_overrides({"model.gate": "none"})
+    assert recipe.model.gate == "none"
+    assert recipe.with_overrides({"model.gate": "null"}).model.gate is None
+    assert recipe.with_overrides({"model.sliding_window": "none"}).model.sliding_window is None
+
+
+def test_a_penalty_on_gates_needs_gates() -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"^recovery\.gate_penalty: got 0\.1; it must be 0 with model\.gate"
+    ):
+        Recipe.from_dict({"name": "x", "model": {"gate": "none"}, "recovery": {"gate_penalty": 0.1}})
+    with pytest.raises(
+        ConfigurationError, match=r"^recovery\.gate_penalty: got -0\.1; it must be 0 or above"
+    ):
+        Recipe.from_dict({"name": "x", "recovery": {"gate_penalty": -0.1}})
+    with pytest.raises(ConfigurationError, match=r"^recovery\.decay_share: .* is for schedule: trapezoid"):
+        Recipe.from_dict({"name": "x", "recovery": {"decay_share": 0.1}})

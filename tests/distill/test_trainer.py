@@ -16,8 +16,16 @@ from lawcat.convert.initialize import convert
 from lawcat.distill.gate_statistics import GateStatistics
 from lawcat.distill.precision import resolve_precision
 from lawcat.distill.recipe import AttentionTransferSettings, RecoverySettings
+from lawcat.distill.recovery import RecoveryModel
 from lawcat.distill.schedule import learning_rate_factor
-from lawcat.distill.trainer import Interruption, Workers, _request, peak_memory_bytes
+from lawcat.distill.trainer import (
+    AttentionTransferStage,
+    Interruption,
+    RecoveryStage,
+    Workers,
+    _request,
+    peak_memory_bytes,
+)
 from tiny_teachers import random_ids, tiny_teacher
 
 
@@ -199,3 +207,105 @@ def test_precision() -> None:
 
 def test_peak_memory_is_in_bytes() -> None:
     assert 50_000_000 < peak_memory_bytes(torch.device("cpu")) < 100_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("cosine", [0.5, 1.0, 1.0, 0.90451, 0.65451, 0.34549, 0.09549]),
+        ("linear", [0.5, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2]),
+        ("trapezoid", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5]),
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_schedules(schedule: str, expected: list[float]) -> None:
+    options: dict[str, Any] = {"schedule": schedule}
+    options |= {} if schedule == "constant" else {"min_learning_rate_ratio": 0.0}
+    options |= {"decay_share": 0.4} if schedule == "trapezoid" else {}
+    settings = AttentionTransferSettings(steps=7, warmup_steps=2, **options)
+    assert [learning_rate_factor(step, settings) for step in range(7)] == pytest.approx(expected, abs=1e-4)
+
+
+def penalty_by_hand(student: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Return the mean of -log a * 16 over tokens, channels and layers, by the gate's equation."""
+    means = []
+    for layer in student.model.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs.get("hidden_states", args[0] if args else None)),
+            with_kwargs=True,
+        )
+    seen: list[torch.Tensor] = []
+    student.model(ids, use_cache=False)
+    for layer, x in zip(student.model.layers, seen, strict=True):
+        gate = layer.self_attn.decay_gate
+        logits = x @ gate.reduce.T @ gate.expand.T + gate.bias
+        means.append(torch.nn.functional.softplus(-logits).mean())
+    return torch.stack(means).mean()
+
+
+def gradients(student: Any) -> dict[str, torch.Tensor]:
+    found = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+    student.zero_grad(set_to_none=True)
+    return found
+
+
+def test_the_gate_penalty_of_recovery() -> None:
+    ids = random_ids(2, 12)
+    batch = SimpleNamespace(input_ids=ids, loss_weight=torch.ones(2, 12))
+    workers: Any = SimpleNamespace(sum=lambda tensor: tensor, count=2)
+    student, _ = convert(tiny_teacher())
+    with torch.no_grad():
+        for layer in student.model.layers:
+            layer.self_attn.decay_gate.expand.normal_()
+    found = {}
+    for penalty in (0.0, 0.3):
+        settings = RecoverySettings(train="all", kl_weight=0.0, gate_penalty=penalty)
+        stage = RecoveryStage(RecoveryModel(student, settings), settings, sequence_length=12)
+        measured = stage.backward(batch, workers)
+        found[penalty] = gradients(student)
+        assert measured["loss"] == measured["cross_entropy"]
+    # Each of the two processes adds half, as their gradients are summed.
+    torch.autograd.backward(0.3 / 2 * penalty_by_hand(student, ids))
+    by_hand = gradients(student)
+    for name, gradient in found[0.3].items():
+        expected = found[0.0][name] + by_hand.get(name, 0.0)
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6, msg=name)
+    name = "model.layers.1.self_attn.decay_gate.bias"
+    assert by_hand[name].abs().max() > 1e-4
+
+
+def test_the_gate_penalty_of_recovery_where_a_state_is_carried() -> None:
+    """What is read without gradient counts for nothing."""
+    ids = random_ids(2, 24)
+    batch = SimpleNamespace(input_ids=ids, loss_weight=torch.ones(2, 24))
+    workers: Any = SimpleNamespace(sum=lambda tensor: tensor, count=1)
+    student, _ = convert(tiny_teacher(), gate="head")
+    found = []
+    for penalty in (0.0, 0.3):
+        settings = RecoverySettings(train="all", kl_weight=0.0, carried_segments=1, gate_penalty=penalty)
+        stage = RecoveryStage(RecoveryModel(student, settings), settings, sequence_length=8)
+        stage.backward(batch, workers)
+        found.append(gradients(student))
+    name = "model.layers.0.self_attn.decay_gate.bias"
+    bias = student.model.layers[0].self_attn.decay_gate.bias
+    # The second matrix is zero at first, so the logit is the bias, of any token and channel.
+    expected = -0.3 * torch.sigmoid(-bias) / len(bias) / 2
+    torch.testing.assert_close(found[1][name] - found[0][name], expected.detach(), rtol=1e-3, atol=1e-6)
+
+
+def test_the_gate_penalty_of_attention_transfer() -> None:
+    ids = random_ids(2, 12)
+    student, _ = convert(tiny_teacher())
+    workers: Any = SimpleNamespace(count=1)
+    found, losses = [], []
+    for penalty in (0.0, 0.5):
+        stage = AttentionTransferStage(student, AttentionTransferSettings(gate_penalty=penalty))
+        losses.append(stage.backward(SimpleNamespace(input_ids=ids), workers)["loss"])
+        found.append(gradients(student))
+    assert losses[0] == losses[1]
+    for i, layer in enumerate(student.model.layers):
+        name = f"model.layers.{i}.self_attn.decay_gate.bias"
+        bias = layer.self_attn.decay_gate.bias
+        expected = -0.5 * torch.sigmoid(-bias) / len(bias)
+        torch.testing.assert_close(found[1][name] - found[0][name], expected.detach(), rtol=1e-3, atol=1e-6)
+    assert all(not module._forward_hooks for module in student.modules())

@@ -281,7 +281,7 @@ def dotted_keys(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """
     flat: dict[str, Any] = {}
     for name, value in overrides.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             flat.update({f"{name}.{inner}": v for inner, v in dotted_keys(value).items()})
         else:
             flat[name] = value
