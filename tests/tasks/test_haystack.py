@@ -2,11 +2,21 @@ import gzip
 import hashlib
 import json
 import lzma
+import sys
+from types import SimpleNamespace
 
 import pytest
 
-from lawcat.errors import DataError
-from lawcat.tasks.haystack import TextSource, builtin_source, file_source, noise_source, resolve_source
+from lawcat.errors import DataError, MissingDependencyError
+from lawcat.tasks import haystack
+from lawcat.tasks.haystack import (
+    TextSource,
+    builtin_source,
+    file_source,
+    hub_source,
+    noise_source,
+    resolve_source,
+)
 
 
 def test_builtin_prose_ships_with_the_package():
@@ -81,3 +91,69 @@ def test_unusable_files_are_refused_in_clear_words(tmp_path, name, content, mess
 def test_a_folder_is_refused_with_the_way_to_name_its_files(tmp_path):
     with pytest.raises(DataError, match=r"is a folder.*\*\.txt"):
         file_source(tmp_path)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for the package `datasets`, with the calls it got."""
+    rows = {"rows": [{"text": "alpha"}, {"text": "beta", "url": "x"}], "calls": []}
+
+    def load_dataset(*arguments, **options):
+        rows["calls"].append((arguments, options))
+        if isinstance(rows["rows"], Exception):
+            raise rows["rows"]
+        return iter(rows["rows"])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    hub_source.cache_clear()
+    yield rows
+    hub_source.cache_clear()
+
+
+def test_a_data_set_of_the_hub(hub):
+    source = resolve_source("hf:baber/paul_graham_essays")
+    assert source.name == "hf:baber/paul_graham_essays"
+    assert source.text == "alpha\n\nbeta"
+    assert source.sha256 == hashlib.sha256(b"alpha\n\nbeta").hexdigest()
+    assert resolve_source("hf:baber/paul_graham_essays") is source
+    wanted = {"split": "train", "revision": None, "streaming": True}
+    assert hub["calls"] == [(("baber/paul_graham_essays", None), wanted)]
+    resolve_source("hf:deepmind/pg19:small@v1.0#test")
+    wanted = {"split": "test", "revision": "v1.0", "streaming": True}
+    assert hub["calls"][1:] == [(("deepmind/pg19", "small"), wanted)]
+
+
+def test_a_data_set_is_read_up_to_a_bound(hub, monkeypatch):
+    monkeypatch.setattr(haystack, "MAX_HUB_CHARS", 4)
+    assert hub_source("a/b").text == "alpha"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (ConnectionError("no route to host"), r"'a/b' cannot be read: no route to host.*Without a network"),
+        ([{"body": "x"}], r"has no text in a field 'text'; it has 'body'"),
+        ([{"text": 3}], r"has no text in a field 'text'"),
+        ([], "'a/b' holds no text"),
+        ([{"text": ""}], "'a/b' holds no text"),
+    ],
+)
+def test_a_data_set_that_cannot_be_used_is_refused_in_clear_words(hub, rows, message):
+    hub["rows"] = rows
+    with pytest.raises(DataError, match=message):
+        resolve_source("hf:a/b")
+
+
+@pytest.mark.parametrize("name", ["", "a/b/c", "a b", "a/b#", "a/b@#x"])
+def test_a_malformed_name_of_a_data_set(hub, name):
+    with pytest.raises(DataError, match=r"not the name of a data set\. Write hf:owner/name"):
+        resolve_source(f"hf:{name}")
+    assert hub["calls"] == []
+
+
+def test_without_the_package_datasets(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(
+        MissingDependencyError, match=r"Reading the data set 'a/b' needs the package 'datasets'"
+    ):
+        resolve_source("hf:a/b")
