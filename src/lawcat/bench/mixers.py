@@ -268,10 +268,8 @@ def mixers(backends: tuple[str, ...] | None = None) -> list[Mixer]:
         _sdpa("FlashAttention-2 (torch SDPA)", [SDPBackend.FLASH_ATTENTION], _needs_half_precision_gpu),
         _sdpa("cuDNN attention (torch SDPA)", [SDPBackend.CUDNN_ATTENTION], _needs_half_precision_gpu),
         _sdpa("softmax attention (torch SDPA)", _ANY_SDPA, _is_measured_by_name),
-        Mixer("FlashAttention (flash-attn)", "softmax", False, _flash_attn, _needs_gpu_package("flash_attn")),
-        Mixer(
-            "chunk_gla (fla) + torch conv and maps", "linear", False, _chunk_gla, _needs_gpu_package("fla")
-        ),
+        Mixer("flash-attn", "softmax", False, _flash_attn, _needs_gpu_package("flash_attn")),
+        Mixer("chunk_gla (fla) + torch maps", "linear", False, _chunk_gla, _needs_gpu_package("fla")),
     ]
 
 

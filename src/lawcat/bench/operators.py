@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,11 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lawcat.bench.limits import Limits, check_arguments
 from lawcat.bench.mixers import REFERENCES, Mixer, MixerInputs, mixer_inputs, mixers, random_context
 from lawcat.bench.record import Record
 from lawcat.bench.shapes import MixerShape
 from lawcat.bench.timing import Failure, Timing, failure_reason, free_memory, time_by_turns
-from lawcat.errors import ConfigurationError
 
 Measurement = Literal["forward", "forward and backward", "decode"]
 MEASUREMENTS: tuple[Measurement, ...] = ("forward", "forward and backward", "decode")
@@ -26,8 +25,6 @@ Progress = Callable[[str, int, int], None]
 _CHECK_TOKENS = 193
 # Relative errors, of the norm of the difference, that a right kernel stays well below.
 _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float64: 1e-6}
-# A cell that would take so many times what it may take is left out.
-_PATIENCE = 10.0
 
 
 @dataclass(frozen=True)
@@ -108,41 +105,6 @@ def measure(
             )
             step()
     return records
-
-
-def check_arguments(device: torch.device, lengths: Sequence[int], cuda_graphs: bool) -> None:
-    """Raise ``ConfigurationError`` for what no benchmark can do."""
-    if cuda_graphs and device.type != "cuda":
-        raise ConfigurationError(f"CUDA graphs need a GPU, and the device is {device.type}.")
-    if not lengths or min(lengths) < 1:
-        raise ConfigurationError(f"lengths={list(lengths)} must hold whole numbers of tokens, at least 1.")
-
-
-class Limits:
-    """Which contenders are left out at a length, since they would take far too long there."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._last: dict[str, list[tuple[int, float]]] = {}
-
-    def saw(self, contender: str, tokens: int, seconds: float) -> None:
-        """Remember what a contender took at a length."""
-        self._last.setdefault(contender, []).append((tokens, seconds))
-
-    def reason(self, contender: str, tokens: int) -> str | None:
-        """Return why it is left out at this length, None where it is not."""
-        seen = self._last.get(contender, [])
-        if not seen:
-            return None
-        last_tokens, last_s = seen[-1]
-        exponent = 1.0
-        if len(seen) > 1:
-            before_tokens, before_s = seen[-2]
-            exponent = math.log(last_s / before_s) / math.log(last_tokens / before_tokens)
-        expected = last_s * (tokens / last_tokens) ** max(exponent, 0.0)
-        if expected <= _PATIENCE * self._seconds:
-            return None
-        return f"would take about {expected:.0f} s a call; raise --seconds to measure it"
 
 
 def _check(

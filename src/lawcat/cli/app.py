@@ -269,6 +269,73 @@ def lm_eval_tasks(
     run_lm_eval_tasks(folder, model, tasks, lengths, samples, seed, option or [])
 
 
+@app.command()
+@_with_exit_codes
+def bench(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(help="Students, adapters, teachers; else --shape with random weights."),
+    ] = None,
+    what: Annotated[
+        str, typer.Option(help="Comma-separated: operators, generation, training.")
+    ] = "operators,generation,training",
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="smollm2-135m, llama-3.2-1b, mistral-7b or tiny. Repeatable."),
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Tokens: 1k,2k,...; to 64k on a GPU and 2k on a CPU when not given.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences of prefill and of the operator.")] = 1,
+    decode_batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences of decoding; 16 on a GPU, else 1, when not given.")
+    ] = None,
+    training_batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences of a training step; 16 on a GPU, else 2.")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=0.001, help="About how long one contender may take at one length.")
+    ] = None,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="Time replays of CUDA graphs, for every contender.")
+    ] = False,
+    backends: Annotated[
+        str | None, typer.Option(help="Which of lawcat's backends, comma-separated; all when not given.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the results here as JSON.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write benchmark.md, plots and benchmark.json into this directory.")
+    ] = None,
+    image_format: Annotated[str, typer.Option(help="Of the plots: png or svg.")] = "png",
+    seed: Annotated[int, typer.Option(help="Seed of the inputs.")] = 0,
+    device: Device = None,
+    dtype: Annotated[
+        str, typer.Option(help="auto (bfloat16 on a GPU, else as saved), float32, bfloat16 or fast.")
+    ] = "auto",
+) -> None:
+    """Time lawcat against softmax attention and the teacher, on the same inputs by turns."""
+    from lawcat.cli.bench import run_bench
+
+    run_bench(
+        models or [],
+        what,
+        shape or [],
+        lengths,
+        batch,
+        decode_batch,
+        training_batch,
+        seconds,
+        cuda_graphs,
+        backends,
+        output,
+        report,
+        image_format,
+        seed,
+        device,
+        dtype,
+    )
+
+
 def main() -> None:
     """Run the app."""
     app()

@@ -1,0 +1,270 @@
+"""Whole models: prefill of a prompt, and decoding after a context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from lawcat.bench.limits import Limits, check_arguments
+from lawcat.bench.models import Pair, Subject
+from lawcat.bench.operators import Progress, relative_error
+from lawcat.bench.record import Record
+from lawcat.bench.timing import Failure, Timing, failure_reason, free_memory, time_by_turns
+from lawcat.ops import use_backend
+
+# mypy is told to leave transformers out.
+# mypy: disallow-subclassing-any=False
+
+Measurement = Literal["prefill", "decode"]
+MEASUREMENTS: tuple[Measurement, ...] = ("prefill", "decode")
+
+_CHECK_TOKENS = 97
+# Of the last token's logits; a model of many layers in half precision adds rounding up.
+_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+# A linear state is as large after these as after any more.
+_PROMPT_TOKENS = 16
+
+
+class FilledLayer(CacheLayerMixin):
+    """Keys and values of a context, with room for one more token: the softmax cache at its best.
+
+    transformers' own growing cache copies everything at each token, and its static one needs a mask, which
+    keeps FlashAttention from running. This one writes one row and hands out exactly what is to be read; each
+    token is written to the same row, so that a CUDA graph can be replayed.
+
+    Args:
+        keys: [B, G, T + 1, D].
+        values: The same.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Do nothing: all is there."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the last row and return all."""
+        self.keys[:, :, -1:] = key_states
+        self.values[:, :, -1:] = value_states
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Return the tokens of the context."""
+        return int(self.keys.shape[2]) - 1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the length and offset of the mask."""
+        return int(self.keys.shape[2]), 0
+
+    def get_max_length(self) -> int:
+        """Return -1: there is no longest sequence."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """Return the same, by the name that older versions of transformers ask for."""
+        return -1
+
+
+def measure(
+    pair: Pair,
+    *,
+    lengths: Sequence[int],
+    batch: int = 1,
+    decode_batch: int | None = None,
+    measurements: Sequence[Measurement] = MEASUREMENTS,
+    backends: tuple[str, ...] | None = None,
+    seconds: float = 1.0,
+    cuda_graphs: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Record]:
+    """Return what a student and its teacher take, on the same tokens, by turns.
+
+    Prefill reads a prompt, keeps what decoding needs and computes the last token's logits. Decoding computes
+    one token after a context of so many: the teacher's keys and values of it are random, and lie as well as
+    they can. Each subject is first checked: prefill and a step must give what one pass over all tokens
+    gives (ours: by the definition).
+
+    Args:
+        pair: The models.
+        lengths: Tokens of the prompt, and of the context.
+        batch: Sequences in prefill.
+        decode_batch: Sequences in decoding; ``batch`` when None.
+        measurements: What to time.
+        backends: Which of our backends; all when None.
+        seconds: About how long a subject may be repeated at one length.
+        cuda_graphs: Time replays of CUDA graphs, for all subjects.
+        seed: Of the tokens.
+        progress: Called with what is done, how much of it, and of how much.
+
+    Returns:
+        A record for each measurement, length and subject; one that could not run says why.
+
+    Raises:
+        ConfigurationError: for CUDA graphs without a GPU, or a length below 1.
+
+    Example:
+        >>> from lawcat.bench.models import random_pair
+        >>> pair = random_pair("tiny", dtype=torch.float32, device=torch.device("cpu"))
+        >>> records = measure(pair, lengths=[32], seconds=0.01)
+        >>> [record.measurement for record in records if record.is_ours and record.median_s]
+        ['model prefill', 'model decode']
+    """
+    device = next(pair.student.parameters()).device
+    check_arguments(device, lengths, cuda_graphs)
+    subjects = pair.subjects(backends)
+    checks = {subject.name: _check(subject, device, seed) for subject in subjects}
+    total, done = len(measurements) * len(lengths), 0
+    records = []
+    for measurement in measurements:
+        limits = Limits(seconds)
+        for tokens in sorted(lengths):
+            size = (decode_batch or batch) if measurement == "decode" else batch
+            reasons = {name: reason or limits.reason(name, tokens) for name, (_, reason) in checks.items()}
+            runs: dict[str, Callable[[], object]] = {}
+            for subject in subjects:
+                if reasons[subject.name] is None:
+                    try:
+                        runs[subject.name] = (
+                            decoding(subject, tokens, size, device, is_chained=cuda_graphs)
+                            if measurement == "decode"
+                            else prefill(subject, random_tokens(subject, size, tokens, device, seed))
+                        )
+                    except Exception as error:
+                        reasons[subject.name] = failure_reason(error)
+                        free_memory(device)
+            timings = time_by_turns(runs, device, seconds=seconds, cuda_graphs=cuda_graphs)
+            runs.clear()
+            free_memory(device)
+            for subject in subjects:
+                timing = timings.get(subject.name) or Failure(reasons[subject.name] or "not run")
+                if isinstance(timing, Timing):
+                    limits.saw(subject.name, tokens, timing.median_s)
+                records.append(
+                    Record.of(
+                        timing,
+                        measurement=f"model {measurement}",
+                        shape=pair.name,
+                        contender=subject.name,
+                        is_ours=subject.is_ours,
+                        tokens=tokens,
+                        batch=size,
+                        num_tokens_done=size * (1 if measurement == "decode" else tokens),
+                        error=checks[subject.name][0],
+                        backend=subject.backend,
+                    )
+                )
+            done += 1
+            if progress is not None:
+                progress(f"model, {pair.name}", done, total)
+    return records
+
+
+def random_tokens(subject: Subject, batch: int, tokens: int, device: torch.device, seed: int) -> Tensor:
+    """Return token ids [B, T]."""
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = subject.model.config.vocab_size
+    return torch.randint(3, vocabulary, (batch, tokens), generator=generator).to(device)
+
+
+def prefill(subject: Subject, tokens: Tensor) -> Callable[[], Tensor]:
+    """Return what reads a prompt and computes the last token's logits [B, 1, V]."""
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        with subject.running():
+            logits: Tensor = subject.model(tokens, use_cache=True, logits_to_keep=1).logits
+        return logits
+
+    return run
+
+
+def decoding(
+    subject: Subject,
+    context_tokens: int,
+    batch: int,
+    device: torch.device,
+    *,
+    is_chained: bool = False,
+    seed: int = 0,
+) -> Callable[[], Tensor]:
+    """Return what computes one token after a context of so many.
+
+    Args:
+        subject: The model.
+        context_tokens: Tokens before.
+        batch: Sequences.
+        device: Where.
+        is_chained: Keep the state at the same addresses, as replays of a CUDA graph need.
+        seed: Of the tokens.
+    """
+    prompt = random_tokens(subject, batch, min(_PROMPT_TOKENS, context_tokens), device, seed)
+    with torch.no_grad(), subject.running():
+        cache = subject.model(prompt, use_cache=True, logits_to_keep=1).past_key_values
+    for index, layer in enumerate(cache.layers):
+        if getattr(layer, "keys", None) is not None:
+            size = (*layer.keys.shape[:2], context_tokens + 1, layer.keys.shape[3])
+            keys, values = (torch.randn(size, dtype=layer.keys.dtype, device=device) for _ in range(2))
+            cache.layers[index] = FilledLayer(keys, values)
+        else:
+            layer.num_tokens = context_tokens
+    return _stepping(subject, cache, prompt[:, -1:], is_chained)
+
+
+def _stepping(subject: Subject, cache: Cache, token: Tensor, is_chained: bool) -> Callable[[], Tensor]:
+    states = [layer for layer in cache.layers if not isinstance(layer, FilledLayer)]
+    fixed = [layer.tensors() for layer in states] if is_chained else []
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        counts = [layer.num_tokens for layer in states]
+        with subject.running():
+            logits: Tensor = subject.model(
+                token, past_key_values=cache, use_cache=True, logits_to_keep=1
+            ).logits
+        for layer, count in zip(states, counts, strict=True):
+            layer.num_tokens = count
+        for layer, tensors in zip(states, fixed, strict=is_chained):
+            for name, tensor in tensors.items():
+                if getattr(layer, name) is not tensor:
+                    tensor.copy_(getattr(layer, name))
+                    setattr(layer, name, tensor)
+        return logits
+
+    return run
+
+
+def _check(subject: Subject, device: torch.device, seed: int) -> tuple[float | None, str | None]:
+    """Return the error of prefill and a step against one pass over all tokens, and why it has no figure."""
+    if subject.reason is not None:
+        return None, subject.reason
+    tokens = random_tokens(subject, 2, _CHECK_TOKENS + 1, device, seed + 1)
+    try:
+        with torch.no_grad():
+            with subject.running():
+                cache = subject.model(tokens[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+            for index, layer in enumerate(cache.layers):
+                if getattr(layer, "keys", None) is not None:
+                    room = torch.full_like(layer.keys[:, :, :1], torch.nan)
+                    keys, values = (torch.cat([t, room], dim=2) for t in (layer.keys, layer.values))
+                    cache.layers[index] = FilledLayer(keys, values)
+            actual = _stepping(subject, cache, tokens[:, -1:], is_chained=True)()
+            with subject.running(), use_backend("reference"):
+                expected = subject.model(tokens, use_cache=False, logits_to_keep=1).logits
+    except Exception as error:
+        free_memory(device)
+        return None, failure_reason(error)
+    error_found = relative_error(actual, expected)
+    tolerance = _TOLERANCES.get(expected.dtype, 1e-6)
+    if not error_found <= tolerance:
+        return error_found, f"wrong: relative error of the logits {error_found:.2g}, allowed {tolerance:.2g}"
+    return error_found, None

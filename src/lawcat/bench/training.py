@@ -1,0 +1,129 @@
+"""Steps of the two training stages, by distillation's own functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lawcat.bench.models import Pair
+from lawcat.bench.operators import Progress
+from lawcat.bench.record import Record
+from lawcat.bench.timing import Failure, failure_reason, free_memory, time_by_turns
+from lawcat.distill.recipe import AttentionTransferSettings, RecoverySettings
+from lawcat.distill.recovery import RecoveryModel
+from lawcat.distill.sequence import Batch
+from lawcat.distill.trainer import AttentionTransferStage, RecoveryStage, Stage, Workers
+from lawcat.ops import backend_names, use_backend
+
+
+def measure(
+    pair: Pair,
+    *,
+    tokens: int = 1024,
+    batch: int = 16,
+    backends: tuple[str, ...] | None = None,
+    seconds: float = 2.0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Record]:
+    """Return what a step of stage 1 and of stage 2 takes: losses, gradients, clipping and the optimizer.
+
+    The student trains on random tokens, so it is of no use afterwards.
+
+    Args:
+        pair: Its student trains.
+        tokens: Of a sequence.
+        batch: Sequences of a step.
+        backends: Which of our backends; all when None.
+        seconds: About how long a backend may be repeated.
+        seed: Of the tokens.
+        progress: Called with what is done, how much of it, and of how much.
+
+    Returns:
+        A record for each stage and backend; one that could not run says why.
+    """
+    names = backends or tuple(name for name in backend_names() if name not in ("auto", "reference"))
+    device = next(pair.student.parameters()).device
+    records = []
+    stages: list[tuple[str, Callable[[], Stage]]] = [
+        ("training stage 1", lambda: AttentionTransferStage(pair.student, AttentionTransferSettings())),
+        ("training stage 2", lambda: _recovery(pair, tokens)),
+    ]
+    for done, (measurement, make) in enumerate(stages, 1):
+        runs: dict[str, Callable[[], object]] = {}
+        reason = "not run"
+        try:
+            step = _step(make(), _random_batch(pair, batch, tokens, device, seed), device)
+            runs = {name: _with_backend(step, name) for name in names}
+        except Exception as error:
+            reason = failure_reason(error)
+        timings = time_by_turns(runs, device, seconds=seconds)
+        free_memory(device)
+        for name in names:
+            records.append(
+                Record.of(
+                    timings.get(name, Failure(reason)),
+                    measurement=measurement,
+                    shape=pair.name,
+                    contender=f"lawcat ({name})",
+                    is_ours=True,
+                    tokens=tokens,
+                    batch=batch,
+                    num_tokens_done=batch * tokens,
+                    backend=name,
+                )
+            )
+        if progress is not None:
+            progress(f"training, {pair.name}", done, len(stages))
+    return records
+
+
+def _recovery(pair: Pair, tokens: int) -> Stage:
+    settings = RecoverySettings()
+    return RecoveryStage(RecoveryModel(pair.student, settings), settings, tokens)
+
+
+def _random_batch(pair: Pair, batch: int, tokens: int, device: torch.device, seed: int) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, pair.student.config.vocab_size, (batch, tokens), generator=generator)
+    weights = torch.ones(batch, tokens)
+    return Batch(ids, weights, torch.zeros(batch, tokens, dtype=torch.bool), ("random",) * batch).to(device)
+
+
+def _step(stage: Stage, batch: Batch, device: torch.device) -> Callable[[], object]:
+    workers = Workers(_OneProcess(device))
+    groups = stage.parameter_groups()
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    # So small that the student stays where it is, however often the step is repeated.
+    optimizer = torch.optim.AdamW([{"params": group["params"]} for group in groups], lr=1e-9)
+
+    def run() -> object:
+        losses = stage.backward(batch, workers)
+        torch.nn.utils.clip_grad_norm_(parameters, stage.settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return losses["loss"].item()  # as the training log does
+
+    return run
+
+
+def _with_backend(step: Callable[[], object], name: str) -> Callable[[], object]:
+    def run() -> object:
+        with use_backend(name):
+            return step()
+
+    return run
+
+
+class _OneProcess:
+    """What ``Workers`` asks of accelerate, on a device that the benchmark chose."""
+
+    num_processes, process_index, is_main_process = 1, 0, True
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def wait_for_everyone(self) -> Any:
+        """Return at once."""
