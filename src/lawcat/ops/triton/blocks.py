@@ -41,9 +41,14 @@ def locate_segment(segment, tokens, num_segments, segment_tokens, table, PACKED:
 def feature_columns(F: tl.constexpr, FP: tl.constexpr):
     """Return which feature each column of a tile holds, and whether it holds one at all."""
     column = tl.arange(0, FP)
-    half = FP // 2
-    within = column % half
-    return (column // half) * (F // 2) + within, within < F // 2
+    half: tl.constexpr = FP // 2
+    if F == FP:
+        feature = column
+        is_feature = column < F
+    else:
+        feature = (column // half) * (F // 2) + column % half
+        is_feature = column % half < F // 2
+    return feature, is_feature
 
 
 @triton.jit
@@ -86,7 +91,7 @@ def load_rows(
 def convolved_rows(
     x, first_row, t0, stop, head, keep, taps, before, sequence, weight_head,
     HEADS: tl.constexpr, WEIGHT_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr,
-    TAPS: tl.constexpr, HAS_BEFORE: tl.constexpr, MASKED: tl.constexpr,
+    TAPS: tl.constexpr, TAPS_P: tl.constexpr, HAS_BEFORE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Return the causal convolution of x[t0 : t0 + C, head] with a head's taps as a tile [C, DP] in float32.
 
@@ -97,11 +102,19 @@ def convolved_rows(
     else:
         d = tl.arange(0, DP)
         channel = weight_head * D + d
+        # All taps as one tile, and each by a sum: of filters loaded one by one the compiler makes copies in
+        # the layout of a matrix product's operand, which take twice the registers.
+        index = tl.arange(0, TAPS_P)
+        filters = tl.load(
+            taps + channel[None, :] * TAPS + index[:, None],
+            mask=(index[:, None] < TAPS) & (d[None, :] < D),
+            other=0.0,
+        ).to(tl.float32)
         y = tl.zeros([C, DP], tl.float32)
         for tap in tl.static_range(TAPS):
-            rows = load_rows(
-                x, first_row, t0, stop, head, keep, HEADS, D, DP, C, TAPS - 1 - tap, MASKED
-            ).to(tl.float32)
+            rows = load_rows(x, first_row, t0, stop, head, keep, HEADS, D, DP, C, TAPS - 1 - tap, MASKED).to(
+                tl.float32
+            )
             if HAS_BEFORE:
                 # Token -1 is the last of the inputs before the sequence, -(TAPS - 1) the first.
                 i = TAPS - 1 + t0 + tl.arange(0, C) - (TAPS - 1 - tap)
@@ -112,9 +125,20 @@ def convolved_rows(
                     mask=earlier[:, None] & (d[None, :] < D),
                     other=0.0,
                 ).to(tl.float32)
-            filter_tap = tl.load(taps + channel * TAPS + tap, mask=d < D, other=0.0).to(tl.float32)
-            y += rows * filter_tap[None, :]
+            y += rows * tl.sum(tl.where(index[:, None] == tap, filters, 0.0), axis=0)[None, :]
     return y
+
+
+@triton.jit
+def stay_in_layout(x, INTERPRETED: tl.constexpr):
+    """Return x. The compiler does not carry the layout that a matrix product wants for x up through this.
+
+    It would otherwise compute what makes x in that layout, where each thread holds more columns: more filters
+    and more trips through shared memory.
+    """
+    if not INTERPRETED:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=False, pack=1)
+    return x
 
 
 @triton.jit
@@ -135,15 +159,17 @@ def halves_softmax(x, F: tl.constexpr, FP: tl.constexpr, C: tl.constexpr):
 def features(
     x, first_row, t0, stop, head, keep, taps, before, sequence, map_weight, weight_head,
     HEADS: tl.constexpr, WEIGHT_HEADS: tl.constexpr, D: tl.constexpr, F: tl.constexpr, DP: tl.constexpr,
-    FP: tl.constexpr, C: tl.constexpr, TAPS: tl.constexpr, HAS_BEFORE: tl.constexpr, MASKED: tl.constexpr,
-    HAS_MAP: tl.constexpr, PRECISION: tl.constexpr,
+    FP: tl.constexpr, C: tl.constexpr, TAPS: tl.constexpr, TAPS_P: tl.constexpr,
+    HAS_BEFORE: tl.constexpr, MASKED: tl.constexpr,
+    HAS_MAP: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Return phi(conv(x)) of a chunk as a tile [C, FP] in float32; without a map, x holds the features."""
     if HAS_MAP:
         u = convolved_rows(
             x, first_row, t0, stop, head, keep, taps, before, sequence, weight_head,
-            HEADS, WEIGHT_HEADS, D, DP, C, TAPS, HAS_BEFORE, MASKED,
+            HEADS, WEIGHT_HEADS, D, DP, C, TAPS, TAPS_P, HAS_BEFORE, MASKED,
         )  # fmt: skip
+        u = stay_in_layout(u, INTERPRETED)
         projected = tl.dot(u.to(map_weight.dtype), map_weight, input_precision=PRECISION)
         phi = halves_softmax(projected, F, FP, C)
     else:
@@ -195,3 +221,59 @@ def load_decay_sum(
         feature = feature * 0
     base = sums + (first_row + t) * (GATE_HEADS * GATE_WIDTH) + gate_head * GATE_WIDTH
     return tl.load(base + feature, mask=is_feature, other=0.0)
+
+
+@triton.jit
+def sub_block_centers(
+    sums, first_row, t0, last, gate_head,
+    GATE_HEADS: tl.constexpr, GATE_WIDTH: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, C: tl.constexpr,
+    SUB: tl.constexpr,
+):  # fmt: skip
+    """Return the middle of the range of decay sums of each sub-block, up to four vectors [FP].
+
+    Where there are fewer sub-blocks the last is repeated.
+    """
+    end = load_decay_sum(
+        sums, first_row, tl.minimum(t0 + SUB - 1, last), gate_head, GATE_HEADS, GATE_WIDTH, F, FP
+    )
+    center_0 = 0.5 * end
+    center_1, center_2, center_3 = center_0, center_0, center_0
+    if C // SUB > 1:
+        before = end
+        end = load_decay_sum(
+            sums, first_row, tl.minimum(t0 + 2 * SUB - 1, last), gate_head, GATE_HEADS, GATE_WIDTH, F, FP
+        )
+        center_1 = 0.5 * (before + end)
+    if C // SUB > 2:
+        before = end
+        end = load_decay_sum(
+            sums, first_row, tl.minimum(t0 + 3 * SUB - 1, last), gate_head, GATE_HEADS, GATE_WIDTH, F, FP
+        )
+        center_2 = 0.5 * (before + end)
+        before = end
+        end = load_decay_sum(
+            sums, first_row, tl.minimum(t0 + 4 * SUB - 1, last), gate_head, GATE_HEADS, GATE_WIDTH, F, FP
+        )
+        center_3 = 0.5 * (before + end)
+    return center_0, center_1, center_2, center_3
+
+
+@triton.jit
+def by_part(x_0, x_1, x_2, x_3, part, PARTS: tl.constexpr, FIRST: tl.constexpr = 0):
+    """Return a tile [C, FP] (or [1, FP]) whose rows of sub-block s are ``x_s``.
+
+    Rows of sub-blocks before FIRST hold anything finite.
+    """
+    if PARTS == 1:
+        tile = x_0[None, :]
+    elif PARTS == 2:
+        tile = x_1[None, :]
+        if FIRST == 0:
+            tile = tl.where((part == 0)[:, None], x_0[None, :], tile)
+    else:
+        tile = tl.where((part == 2)[:, None], x_2[None, :], x_3[None, :])
+        if FIRST <= 1:
+            tile = tl.where((part == 1)[:, None], x_1[None, :], tile)
+        if FIRST == 0:
+            tile = tl.where((part == 0)[:, None], x_0[None, :], tile)
+    return tile

@@ -1,4 +1,4 @@
-"""Sizes of tiles and numbers of warps, from a small table: a search would cost minutes before the first step."""
+"""Sizes of tiles and numbers of warps by shape: a search would cost minutes before the first step."""
 
 from __future__ import annotations
 
@@ -16,6 +16,25 @@ STRONGEST_LOG_DECAY = -2 * _MAX_HALF_DECAY / _SMALLEST_SUB_BLOCK
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """How a kernel is compiled.
+
+    Attributes:
+        warps: Warps of a program.
+        stages: Stages of software pipelining of its loop over chunks.
+        registers: The most that a thread may have, or None for what the compiler takes.
+    """
+
+    warps: int
+    stages: int = 1
+    registers: int | None = None
+
+    def options(self) -> dict[str, int | None]:
+        """Return the launch options."""
+        return {"warps": self.warps, "stages": self.stages, "registers": self.registers}
+
+
+@dataclass(frozen=True)
 class Configuration:
     """How the kernels cut one shape up.
 
@@ -24,16 +43,16 @@ class Configuration:
         sub_block: Tokens of a sub-block, a divisor of C.
         value_block: Values a program of the output kernel computes, a power of two.
         segment: Tokens of a segment, a multiple of C: one program walks it.
-        warps: Warps of a program, of the state and the output kernel.
-        stages: Stages of software pipelining of their loops over chunks.
+        state: Of the state kernel.
+        output: Of the output kernel.
     """
 
     chunk: int
     sub_block: int
     value_block: int
     segment: int
-    warps: int
-    stages: int
+    state: Tuning
+    output: Tuning
 
 
 def sub_block_tokens(min_log_decay: float, chunk: int) -> int:
@@ -86,8 +105,8 @@ def choose_configuration(
         sub_block=sub_block_tokens(min_log_decay, chunk),
         value_block=value_block,
         segment=segment,
-        warps=warps,
-        stages=1,
+        state=Tuning(warps),
+        output=Tuning(warps),
     )
 
 

@@ -89,7 +89,7 @@ class Plan:
 
     @property
     def size(self) -> tuple[int, int, int]:
-        """Tokens of a sequence, segments of a sequence, tokens of a segment: what a kernel finds its place by."""
+        """Tokens and segments of a sequence, tokens of a segment: what a kernel finds its place by."""
         return self.inputs.q.shape[1], self.num_segments, self.configuration.segment
 
 
@@ -159,19 +159,29 @@ def make_plan(inputs: MixerInputs, options: MixerOptions) -> Plan:
         "V_BLOCKS": -(-v.shape[3] // value_block),
         "C": configuration.chunk,
         "TAPS": 0 if inputs.q_taps is None else inputs.q_taps.shape[1],
+        "TAPS_P": 1 if inputs.q_taps is None else 1 << (inputs.q_taps.shape[1] - 1).bit_length(),
         "HAS_BEFORE": inputs.q_before is not None,
         "HAS_MAP": inputs.map_weight is not None,
         "MASKED": inputs.keep is not None,
         "PACKED": inputs.boundaries is not None,
         "DOT": dot_dtype(q.dtype),
         "PRECISION": _precision(q.dtype),
+        "INTERPRETED": triton.knobs.runtime.interpret,
     }
     return plan
 
 
-def launch(kernel: Any, programs: int, *arguments: Any, warps: int, stages: int = 1, **constants: Any) -> None:
+def launch(
+    kernel: Any,
+    programs: int,
+    *arguments: Any,
+    warps: int,
+    stages: int = 1,
+    registers: int | None = None,
+    **constants: Any,
+) -> None:
     """Run a kernel on a grid of one dimension."""
-    kernel[(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages)
+    kernel[(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages, maxnreg=registers)
 
 
 def decay_sums(plan: Plan) -> Tensor:
@@ -193,18 +203,18 @@ def decay_sums(plan: Plan) -> Tensor:
 
 
 def states_before_segments(plan: Plan, sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the state, its normaliser before each segment, the segments' total decay, and the final state."""
+    """Return state and normaliser before each segment, the segments' total decays, and the final state."""
     inputs, configuration, shape = plan.inputs, plan.configuration, plan.shape
     n, width, values = shape["N"], shape["F"], shape["DV"]
     options = {"dtype": torch.float32, "device": inputs.q.device}
-    states = allocate((plan.all_segments, n, width, values), **options)
+    states = allocate((plan.all_segments, n, values, width), **options)
     normalisers = allocate((plan.all_segments, n, width), **options)
     decays = allocate((plan.all_segments, n, width), **options)
     launch(
         state_kernel, plan.all_segments * n * shape["V_BLOCKS"],
         inputs.k, inputs.v, sums, inputs.k_taps, inputs.k_before, inputs.map_weight, inputs.keep, plan.table,
         states, normalisers, decays, *plan.size,
-        **shape, warps=configuration.warps, stages=configuration.stages,
+        **shape, **configuration.state.options(),
     )  # fmt: skip
     final = allocate((plan.num_sequences, n, width, values + 1), **options)
     scan(plan, states, normalisers, decays, inputs.initial_state, final, reverse=False)
@@ -222,7 +232,7 @@ def scan(
     reverse: bool,
 ) -> None:
     """Replace what each segment adds by the state before it (after it in reverse); see ``scan_kernel``."""
-    n, width, values = states.shape[1:]
+    n, values, width = states.shape[1:]
     block_f, block_v = min(16, padded_width(width)), min(64, padded_width(values))
     blocks_f, blocks_v = -(-width // block_f), -(-values // block_v)
     launch(
@@ -252,7 +262,7 @@ def forward(plan: Plan, *, save_sums: bool = False) -> dict[str, Tensor | None]:
         *plan.size, plan.options.eps,
         H=heads, SUB=configuration.sub_block, NORMALIZE=plan.options.normalize,
         SAVE_SUMS=weight_sums is not None,
-        **plan.shape, warps=configuration.warps, stages=configuration.stages,
+        **plan.shape, **configuration.output.options(),
     )  # fmt: skip
     return {
         "output": output, "final": final, "weight_sums": weight_sums,

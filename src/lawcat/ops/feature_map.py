@@ -1,0 +1,33 @@
+"""The feature map on tensors (equation 4). Legend: see ``shapes.py``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .precision import at_least_float32
+
+
+def hedgehog_feature_map(u: Tensor, weight: Tensor) -> Tensor:
+    """Return ``phi(u) = [softmax(u W_h) ; softmax(-u W_h)]``, in float32 at least.
+
+    Args:
+        u: [B, T, H, D].
+        weight: One matrix a state head [N, D, F / 2]; query head h has that of head ``h // (H / N)``.
+
+    Returns:
+        Features [B, T, H, F].
+
+    Source: LAWCAT (arXiv 2509.18467); the map is Hedgehog's (arXiv 2402.04347).
+
+    Example:
+        >>> import torch
+        >>> hedgehog_feature_map(torch.zeros(1, 1, 2, 4), torch.zeros(1, 4, 2)).tolist()
+        [[[[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5]]]]
+    """
+    num_heads, head_dim, half = weight.shape
+    batch, tokens = u.shape[:2]
+    grouped = at_least_float32(u).reshape(batch, tokens, num_heads, -1, head_dim)
+    projected = torch.einsum("btgrd,gdf->btgrf", grouped, at_least_float32(weight))
+    features = torch.cat([projected.softmax(-1), (-projected).softmax(-1)], dim=-1)
+    return features.reshape(batch, tokens, u.shape[2], 2 * half)
