@@ -103,7 +103,7 @@ def measured(
             loaded = load_model(model, device=None)
             payload = _measure(loaded, name, folder, recipe, progress)
             del loaded
-            _free_memory()
+            free_memory()
             write_results(file, {**payload, "evaluation": _as_json(recipe.evaluation)})
             found = read_results(file)
     return found
@@ -129,7 +129,8 @@ def _as_json(settings: EvaluationSettings) -> dict[str, Any]:
     }
 
 
-def _free_memory() -> None:
+def free_memory() -> None:
+    """Give back what a model took that is no more in use, so that the next one fits."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

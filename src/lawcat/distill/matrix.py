@@ -7,7 +7,6 @@ the same ``<out>`` share the work.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import re
@@ -18,10 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from lawcat.convert.teacher import resolve_teacher
-from lawcat.distill.assessment import EVALUATION_FOLDER, assess, measured, stored_results
+from lawcat.distill.assessment import EVALUATION_FOLDER, assess, free_memory, measured, stored_results
 from lawcat.distill.linearize import RUN_NAME, check_config, linearize
 from lawcat.distill.recipe import Matrix, Recipe, Variant, dotted_keys
 from lawcat.distill.text import Progress
@@ -149,7 +146,7 @@ def linearize_matrix(
     for number, run in enumerate(asked, 1):
         message(f"variant {number} of {len(asked)}: {run.name}")
         done[run.name] = _train(run, teacher, progress=progress, message=message, tensorboard=tensorboard)
-        _free_memory()
+        free_memory()
         if is_main:
             _summarize(directory, settings, source.fingerprint, done)
     if is_main and evaluate and (settings.evaluation.tasks or settings.evaluation.perplexity_tokens):
@@ -284,12 +281,6 @@ def _measure(
     except Exception as error:
         return _failed(run, error, message)
     return run
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _write_report(
