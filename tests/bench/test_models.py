@@ -1,0 +1,126 @@
+"""Whole models and training stages: records, and checks that can fail."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.tiny_teachers import save_teacher
+
+from comparison import assert_near
+from lawcat.bench import generation, training
+from lawcat.bench.generation import FilledLayer, decoding, prefill, random_tokens
+from lawcat.bench.models import Pair, load_pair, random_pair
+from lawcat.convert.initialize import convert
+from lawcat.convert.save import save_student
+from lawcat.convert.teacher import load_teacher
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def pair() -> Pair:
+    return random_pair("tiny", dtype=torch.float32, device=CPU)
+
+
+def test_weights_are_shared_and_the_teacher_still_computes(pair: Pair) -> None:
+    teacher, student = pair.teacher.model.layers[0], pair.student.model.layers[0]
+    assert teacher.self_attn.q_proj.weight.data_ptr() == student.self_attn.q_proj.weight.data_ptr()
+    tokens = torch.randint(3, 200, (2, 9))
+    with torch.no_grad(), pair.student.teacher_mode():
+        expected = pair.student(tokens).logits
+        assert_near(pair.teacher(tokens).logits, expected, 1e-5)
+
+
+def test_new_parameters_are_float32_in_a_half_precision_pair() -> None:
+    pair = random_pair("tiny", dtype=torch.bfloat16, device=CPU)
+    attention = pair.student.model.layers[0].self_attn
+    assert attention.q_conv.weight.dtype == torch.float32
+    assert attention.q_proj.weight.dtype == torch.bfloat16
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_records(pair: Pair) -> None:
+    records = generation.measure(pair, lengths=[40, 16], batch=2, decode_batch=3, seconds=0.005)
+    found = [(r.measurement, r.contender, r.tokens, r.batch) for r in records if r.median_s]
+    contenders = ("lawcat (torch)", "teacher, torch SDPA")
+    for contender in contenders:
+        for tokens in (16, 40):
+            assert ("model prefill", contender, tokens, 2) in found
+            assert ("model decode", contender, tokens, 3) in found
+    assert all(record.error < 1e-4 for record in records if record.median_s)
+
+
+def test_the_filled_cache_is_a_cache(pair: Pair) -> None:
+    """A token after a context whose keys were computed, the row for it holding NaN before."""
+    subject = next(s for s in pair.subjects() if not s.is_ours)
+    error, reason = generation._check(subject, CPU, 0)
+    assert reason is None
+    assert error < 1e-5
+
+
+def test_a_model_that_decodes_wrongly_gets_no_figure(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgets(
+        self: FilledLayer, keys: torch.Tensor, values: torch.Tensor, *args: object, **options: object
+    ):
+        return self.keys[:, :, :-1], self.values[:, :, :-1]
+
+    monkeypatch.setattr(FilledLayer, "update", forgets)
+    records = generation.measure(pair, lengths=[16], seconds=0.005)
+    reasons = {record.contender: record.reason for record in records}
+    assert reasons["teacher, torch SDPA"].startswith("wrong: relative error of the logits")
+    assert reasons["lawcat (torch)"] is None
+
+
+def test_repeated_steps_of_a_chained_state_go_on(pair: Pair) -> None:
+    """As replays of a CUDA graph do: tensors stay at their addresses and hold what the step left."""
+    subject = next(s for s in pair.subjects() if s.is_ours)
+    chained = decoding(subject, 20, 2, CPU, is_chained=True)
+    plain = decoding(subject, 20, 2, CPU)
+    for _ in range(3):
+        assert_near(chained(), plain(), 1e-6)
+
+
+def test_prefill_gives_the_last_logits(pair: Pair) -> None:
+    for subject in pair.subjects():
+        tokens = random_tokens(subject, 2, 12, CPU, 0)
+        with torch.no_grad():
+            expected = subject.model(tokens).logits[:, -1:]
+        assert_near(prefill(subject, tokens)(), expected, 1e-5)
+
+
+def test_saved_models(tmp_path: Path) -> None:
+    folder = save_teacher(tmp_path / "teacher", tie_word_embeddings=True)
+    teacher = load_pair(str(folder), dtype=None, device=CPU)
+    assert teacher.name == "teacher"
+    assert type(teacher.teacher).__name__ == "LlamaForCausalLM"
+    loaded = load_teacher(folder)
+    student, _ = convert(loaded.model, softmax_layers=(1,))
+    save_student(student, loaded.tokenizer, tmp_path / "student")
+    pair = load_pair(str(tmp_path / "student"), dtype=None, device=CPU)
+    assert pair.teacher is pair.student
+    records = generation.measure(pair, lengths=[24], seconds=0.005)
+    assert {record.reason for record in records} == {None}
+    assert pair.student.present_layer_types() == ["linear_attention", "full_attention"]
+
+
+def test_training_stages() -> None:
+    pair = random_pair("tiny", dtype=torch.float32, device=CPU)
+    before = pair.student.model.layers[0].self_attn.q_conv.weight.clone()
+    records = training.measure(pair, tokens=32, batch=2, seconds=0.01)
+    assert [record.measurement for record in records] == ["training stage 1", "training stage 2"]
+    for record in records:
+        assert record.reason is None
+        assert record.tokens_per_s == pytest.approx(64 / record.median_s)
+    assert any(".lora_A" in name for name, _ in pair.student.named_parameters())
+    after = pair.student.model.layers[0].self_attn.q_conv.weight
+    assert_near(after, before, 1e-5)
+
+
+def test_stage_2_without_peft_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    pair = random_pair("tiny", dtype=torch.float32, device=CPU)
+    records = training.measure(pair, tokens=16, batch=1, seconds=0.01)
+    assert records[0].median_s is not None
+    assert "needs the package 'peft'" in records[1].reason

@@ -1,0 +1,173 @@
+"""The operator's benchmark: what is timed is checked first, and whoever cannot run says why."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from comparison import assert_near
+from lawcat.bench import mixers as mixers_module
+from lawcat.bench import operators
+from lawcat.bench.mixers import (
+    Mixer,
+    MixerInputs,
+    linear_reference,
+    mixer_inputs,
+    mixers,
+    random_context,
+    softmax_reference,
+    step_by_torch,
+)
+from lawcat.bench.shapes import MixerShape, shape_names, teacher_config
+from lawcat.errors import ConfigurationError
+from lawcat.model.attention import LawcatAttention
+from small_models import make_config
+
+CPU = torch.device("cpu")
+SHAPE = MixerShape("small", num_heads=4, num_kv_heads=2, head_dim=8, feature_dim=8)
+
+
+def inputs(shape: MixerShape = SHAPE, tokens: int = 21, dtype: torch.dtype = torch.float64) -> MixerInputs:
+    return mixer_inputs(shape, batch=2, tokens=tokens, dtype=dtype, device=CPU)
+
+
+@pytest.mark.parametrize("state_heads", ["query", "kv"])
+def test_the_reference_is_what_the_model_computes(state_heads: str) -> None:
+    """Against the model's attention, its gate giving the logits that the benchmark takes as they are."""
+    config = make_config(state_heads=state_heads)
+    attention = LawcatAttention(config, 0).double()
+    given = inputs(MixerShape.of("model", config))
+    with torch.no_grad():
+        attention.q_conv.weight.copy_(given.q_conv)
+        attention.k_conv.weight.copy_(given.k_conv)
+        attention.feature_map.weight.copy_(given.feature_weight)
+    gate = attention.decay_gate
+    gate.reduce.data, gate.bias.data = torch.eye(16, dtype=torch.float64), torch.zeros(16).double()
+    gate.expand.data = torch.eye(16, dtype=torch.float64)
+    x = given.gate_logits.flatten(2)
+    with torch.no_grad():
+        expected = attention.linear_attention(x, given.q, given.k, given.v)
+        assert_near(linear_reference(given), expected, 1e-12)
+
+
+def test_softmax_reference() -> None:
+    given = inputs()
+    q, k, v = (t.transpose(1, 2) for t in (given.q, given.k, given.v))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert_near(softmax_reference(given), expected.transpose(1, 2), 1e-12)
+
+
+@pytest.mark.parametrize(
+    "shape", [SHAPE, replace(SHAPE, state_heads="kv"), replace(SHAPE, conv_kernel_size=None)]
+)
+def test_a_step_continues_the_context(shape: MixerShape) -> None:
+    given = inputs(shape, tokens=1)
+    context = random_context(given, 7)
+    assert_near(step_by_torch(given, context)(), linear_reference(given, context), 1e-12)
+    one_of_many = random_context(given, 7, seed=5)
+    assert not torch.equal(one_of_many.state, context.state)
+
+
+def measure(**options: object) -> list:
+    return operators.measure(
+        SHAPE, lengths=[16, 40], device=CPU, dtype=torch.float32, seconds=0.005, **options
+    )
+
+
+def test_records() -> None:
+    seen: list[tuple[int, int]] = []
+    records = measure(batch=2, decode_batch=3, progress=lambda title, done, total: seen.append((done, total)))
+    names = {mixer.name for mixer in mixers()}
+    assert len(records) == 3 * 2 * len(names)
+    assert seen == [(i, 9) for i in range(1, 10)]
+    ran = [record for record in records if record.median_s is not None]
+    assert {record.contender for record in ran} >= {"lawcat (torch)", "softmax attention (torch SDPA)"}
+    for record in ran:
+        is_decode = record.measurement == "operator decode"
+        assert record.batch == (3 if is_decode else 2)
+        done = record.batch * (1 if is_decode else record.tokens)
+        assert record.tokens_per_s == pytest.approx(done / record.median_s)
+        assert record.error < 1e-5
+        assert record.reason is None
+        assert record.backend == ("torch" if record.contender == "lawcat (torch)" else record.backend)
+    absent = {record.contender: record.reason for record in records if record.median_s is None}
+    assert absent["FlashAttention-2 (torch SDPA)"] == "runs on a GPU only"
+
+
+def contender(forward, kind: str = "linear") -> Mixer:
+    return Mixer("mine", kind, True, forward, lambda device, dtype: None)
+
+
+def only(monkeypatch: pytest.MonkeyPatch, mixer: Mixer) -> None:
+    monkeypatch.setattr(operators, "mixers", lambda backends: [mixer])
+
+
+def test_a_wrong_contender_gets_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, contender(lambda given: 1.01 * linear_reference(given)))
+    for record in measure(measurements=["forward"]):
+        assert record.median_s is None
+        assert record.reason == "wrong: relative error of output 0.01, allowed 0.001"
+        assert record.error == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_nan_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, contender(lambda given: linear_reference(given) * torch.nan))
+    assert {record.reason for record in measure(measurements=["forward"])} == {
+        "wrong: relative error of output inf, allowed 0.001"
+    }
+
+
+class _WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return 1.1 * gradient
+
+
+def test_a_wrong_gradient_gets_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(given: MixerInputs) -> Tensor:
+        return linear_reference(replace(given, v=_WrongGradient.apply(given.v)))
+
+    only(monkeypatch, contender(forward))
+    records = measure(measurements=["forward", "forward and backward"])
+    assert [record.median_s is not None for record in records] == [True, True, False, False]
+    assert records[-1].reason.startswith("wrong: relative error of gradient of v 0.1")
+
+
+def test_one_without_a_form_for_one_token_and_one_that_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(given: MixerInputs) -> Tensor:
+        raise NotImplementedError("not for these widths")
+
+    only(monkeypatch, contender(forward))
+    reasons = [record.reason for record in measure()]
+    assert reasons[0] == "NotImplementedError: not for these widths"
+    assert reasons[-1] == "has no form for one token here"
+
+
+def test_mistakes() -> None:
+    with pytest.raises(ConfigurationError, match="CUDA graphs need a GPU"):
+        measure(cuda_graphs=True)
+    with pytest.raises(ConfigurationError, match="at least 1"):
+        operators.measure(SHAPE, lengths=[0], device="cpu", dtype=torch.float32)
+
+
+def test_shapes() -> None:
+    assert MixerShape.of("x", make_config(use_conv=False)).conv_kernel_size is None
+    for name in shape_names():
+        config = teacher_config(name)
+        assert config.num_attention_heads % config.num_key_value_heads == 0
+    with pytest.raises(ConfigurationError, match=r"Did you mean 'llama-3\.2-1b'\?"):
+        teacher_config("llama-3.2-1")
+
+
+def test_every_backend_is_a_contender() -> None:
+    names = [mixer.name for mixer in mixers() if mixer.is_ours]
+    expected = [n for n in mixers_module.backend_names() if n not in ("auto", "reference")]
+    assert names == [f"lawcat ({name})" for name in expected]
+    assert [mixer.name for mixer in mixers(("reference",)) if mixer.is_ours] == ["lawcat (reference)"]
