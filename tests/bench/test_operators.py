@@ -171,3 +171,14 @@ def test_every_backend_is_a_contender() -> None:
     expected = [n for n in mixers_module.backend_names() if n not in ("auto", "reference")]
     assert names == [f"lawcat ({name})" for name in expected]
     assert [mixer.name for mixer in mixers(("reference",)) if mixer.is_ours] == ["lawcat (reference)"]
+
+
+def test_onnx_runtime() -> None:
+    pytest.importorskip("onnxruntime")
+    given = inputs(dtype=torch.float32)
+    mixer = next(mixer for mixer in mixers() if mixer.name == "softmax attention (ONNX Runtime)")
+    assert mixer.unavailable_because(CPU, torch.float32) is None
+    assert_near(mixer.forward(given), softmax_reference(given.map(Tensor.double)), 1e-5)
+    assert mixer.unavailable_because(CPU, torch.bfloat16) == "runs in float32 only"
+    records = measure(measurements=["forward and backward"])
+    assert {r.reason for r in records if r.contender == mixer.name} == {"has no gradient"}

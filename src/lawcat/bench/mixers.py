@@ -16,15 +16,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lawcat.bench import onnx_attention
 from lawcat.bench.shapes import MixerShape
 from lawcat.ops import (
     backend_names,
     causal_conv1d,
-    gated_linear_attention,
     gated_linear_attention_reference,
     gated_linear_attention_step,
 )
-from lawcat.ops.precision import at_least_float32
+from lawcat.ops.feature_map import hedgehog_feature_map
+from lawcat.ops.fused import linear_attention_mixer
 
 Kind = Literal["linear", "softmax"]
 Unavailable: TypeAlias = Callable[[torch.device, torch.dtype], str | None]
@@ -120,14 +121,6 @@ def mixer_inputs(
     )
 
 
-def features(u: Tensor, weight: Tensor) -> Tensor:
-    """Return the features [B, T, heads, F] of u [B, T, heads, D] by matrices [N, D, F / 2] (equation 4)."""
-    num_heads, width = weight.shape[:2]
-    grouped = at_least_float32(u).reshape(*u.shape[:2], num_heads, -1, width)
-    projected = torch.einsum("btnrd,ndf->btnrf", grouped, weight)
-    return torch.cat([projected.softmax(-1), (-projected).softmax(-1)], dim=-1).flatten(2, 3)
-
-
 def log_decay(gate_logits: Tensor, shape: MixerShape) -> Tensor:
     """Return the log-decays of gate logits (equation 5)."""
     return (F.logsigmoid(gate_logits) / shape.gate_divisor).clamp(min=shape.min_log_decay)
@@ -194,7 +187,8 @@ def operator_inputs(
         q_before, k_before = (None, None) if context is None else (context.q_inputs, context.k_inputs)
         q = causal_conv1d(q.flatten(2), inputs.q_conv, q_before)[0].view(q.shape)
         k = causal_conv1d(k.flatten(2), inputs.k_conv, k_before)[0].view(k.shape)
-    return features(q, inputs.feature_weight), features(k, inputs.feature_weight), v, decay
+    q, k = (hedgehog_feature_map(t, inputs.feature_weight) for t in (q, k))
+    return q, k, v, decay
 
 
 def linear_reference(inputs: MixerInputs, context: Context | None = None) -> Tensor:
@@ -236,11 +230,12 @@ class Mixer:
         name: In tables.
         kind: What it computes, which says the definition it is checked against.
         is_ours: Whether it is lawcat.
-        forward: Inputs to output [B, T, H, D], differentiable.
+        forward: Inputs to output [B, T, H, D].
         unavailable_because: Why it cannot run on a device and dtype; None when it can.
         backend: Which of our backends it runs.
         decode: Of inputs of one token and what came before, what computes that token; None where there is no
             such form.
+        has_backward: Whether ``forward`` is differentiable.
     """
 
     name: str
@@ -250,6 +245,7 @@ class Mixer:
     unavailable_because: Unavailable
     backend: str | None = None
     decode: Callable[[MixerInputs, Context], Callable[[], Tensor]] | None = None
+    has_backward: bool = True
 
 
 def mixers(backends: tuple[str, ...] | None = None) -> list[Mixer]:
@@ -268,6 +264,14 @@ def mixers(backends: tuple[str, ...] | None = None) -> list[Mixer]:
         _sdpa("FlashAttention-2 (torch SDPA)", [SDPBackend.FLASH_ATTENTION], _needs_half_precision_gpu),
         _sdpa("cuDNN attention (torch SDPA)", [SDPBackend.CUDNN_ATTENTION], _needs_half_precision_gpu),
         _sdpa("softmax attention (torch SDPA)", _ANY_SDPA, _is_measured_by_name),
+        Mixer(
+            "softmax attention (ONNX Runtime)",
+            "softmax",
+            False,
+            lambda inputs: onnx_attention.attention(inputs.q, inputs.k, inputs.v),
+            onnx_attention.unavailable_because,
+            has_backward=False,
+        ),
         Mixer("flash-attn", "softmax", False, _flash_attn, _needs_gpu_package("flash_attn")),
         Mixer("chunk_gla (fla) + torch maps", "linear", False, _chunk_gla, _needs_gpu_package("fla")),
     ]
@@ -275,10 +279,18 @@ def mixers(backends: tuple[str, ...] | None = None) -> list[Mixer]:
 
 def _ours(backend: str) -> Mixer:
     def forward(inputs: MixerInputs) -> Tensor:
-        output, _ = gated_linear_attention(
-            *operator_inputs(inputs),
-            eps=inputs.shape.eps,
-            min_log_decay=inputs.shape.min_log_decay,
+        shape = inputs.shape
+        output, *_ = linear_attention_mixer(
+            inputs.q,
+            inputs.k,
+            inputs.v,
+            inputs.gate_logits,
+            inputs.feature_weight,
+            q_taps=inputs.q_conv,
+            k_taps=inputs.k_conv,
+            gate_divisor=shape.gate_divisor,
+            min_log_decay=shape.min_log_decay,
+            eps=shape.eps,
             backend=backend,
         )
         return output

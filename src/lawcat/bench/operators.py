@@ -119,6 +119,8 @@ def _check(
     reason = mixer.unavailable_because(device, dtype)
     if reason is None and measurement == "decode" and mixer.decode is None:
         reason = "has no form for one token here"
+    if reason is None and measurement == "forward and backward" and not mixer.has_backward:
+        reason = "has no gradient"
     if reason is not None:
         return _Candidate(mixer, None, reason)
     is_decode = measurement == "decode"
