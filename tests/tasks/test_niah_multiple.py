@@ -241,6 +241,12 @@ def test_linear_fit_goes_by_steps(tokenizer, task):
             assert len(tokenizer(question).input_ids) + 128 <= length
 
 
+def test_a_sample_too_long_loses_a_step_in_the_linear_fit(tokenizer):
+    made = [NIAH_MULTIKEY_2.generate(tokenizer, 1140, index, 0, fit="linear") for index in range(8)]
+    assert {one.metadata["haystack_units"] for one in made} == {20, 25}
+    assert all(one.num_tokens == len(tokenizer(one.prompt).input_ids) for one in made)
+
+
 @pytest.mark.parametrize(
     ("name", "means"),
     [
