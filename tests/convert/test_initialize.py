@@ -8,11 +8,13 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForSequenceClassification
 
+from comparison import assert_near
 from lawcat.convert.initialize import (
     OPERATOR_FIELDS,
     cast_teacher_weights,
     convert,
     is_new_parameter,
+    sliding_window_teacher,
     student_config,
 )
 from lawcat.errors import ConfigurationError, TeacherError
@@ -63,6 +65,49 @@ def test_softmax_layers_give_the_teachers_logits_bit_for_bit(fields: dict[str, A
     with linear.teacher_mode():
         assert torch.equal(linear(ids).logits, expected)
     assert not torch.allclose(linear(ids).logits, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", TEACHERS.values(), ids=TEACHERS)
+def test_a_sliding_window_over_everything_is_the_teacher(fields: dict[str, Any]) -> None:
+    """Up to window and sinks together: 24 tokens."""
+    ids = random_ids(tokens=24)
+    expected = tiny_teacher(**fields)(ids).logits
+    for window, num_sinks in ((24, 0), (20, 4), (100, 4)):
+        model = sliding_window_teacher(tiny_teacher(**fields), window=window, num_sinks=num_sinks)
+        assert_near(model(ids).logits, expected, 1e-5, f"window {window}")
+    small = sliding_window_teacher(tiny_teacher(**fields), window=5)
+    assert (small(ids).logits[:, 9:] - expected[:, 9:]).abs().amax(-1).min() > 1e-2
+    if "rope_parameters" not in fields or fields["rope_parameters"]["rope_type"] != "dynamic":
+        assert_near(small(ids).logits[:, :9], expected[:, :9], 1e-5)
+
+
+def test_a_sliding_window_shares_the_teachers_weights() -> None:
+    teacher = tiny_teacher(tie_word_embeddings=True).to(torch.bfloat16)
+    model = sliding_window_teacher(teacher, window=8)
+    assert (model.config.sliding_window, model.config.num_sinks) == (8, 4)
+    assert model.config.layer_types == ["sliding_attention"] * 2
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == {
+        name: p.data_ptr() for name, p in teacher.named_parameters()
+    }
+    assert model.dtype == torch.bfloat16
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    output = model.generate(random_ids(), max_new_tokens=30, min_new_tokens=30, return_dict_in_generate=True)
+    short = model.generate(random_ids(), max_new_tokens=2, return_dict_in_generate=True)
+    assert output.past_key_values.state_bytes() == short.past_key_values.state_bytes()
+    for window, num_sinks, message in ((0, 4, "sliding_window=0"), (8, -1, "num_sinks=-1")):
+        with pytest.raises(ConfigurationError, match=message):
+            sliding_window_teacher(teacher, window=window, num_sinks=num_sinks)
+    with pytest.raises(TeacherError, match="'gpt2'"):
+        sliding_window_teacher(GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2)), window=8)
+
+
+def test_layers_of_three_kinds() -> None:
+    options: dict[str, Any] = {"softmax_layers": (1,), "sliding_layers": (0,), "sliding_window": 4}
+    student, report = convert(tiny_teacher(num_hidden_layers=3), **options)
+    assert student.config.layer_types == ["sliding_attention", "full_attention", "linear_attention"]
+    assert all(".layers.2.self_attn." in name for name in report.names("created"))
+    assert "model.layers.2.self_attn.window.scale" in report.names("created")
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -170,6 +215,13 @@ def test_every_field_of_the_operator_can_be_chosen() -> None:
         ({"hidden_size": 8}, "'hidden_size' is not a field"),
         ({"softmax_layers": (2,)}, "softmax layer 2 does not exist: the teacher has layers 0 to 1"),
         ({"softmax_layers": (0, -1)}, "softmax layer -1 does not exist"),
+        ({"sliding_layers": (2,), "sliding_window": 4}, "sliding layer 2 does not exist"),
+        ({"sliding_layers": (1,)}, "'sliding_attention', which needs sliding_window"),
+        (
+            {"softmax_layers": (1,), "sliding_layers": (1,), "sliding_window": 4},
+            "layer 1 is named as softmax and as sliding",
+        ),
+        ({"num_sinks": 4}, "num_sinks=4 has no effect without a window"),
         ({"gate": "chanel"}, "gate='chanel' is not a choice"),
         ({"feature_dim": 7}, "feature_dim=7 must be an even number"),
         ({"use_conv": "yes"}, "use_conv"),

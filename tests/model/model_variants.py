@@ -11,7 +11,7 @@ from torch import Tensor
 from lawcat import LawcatForCausalLM
 from small_models import make_model
 
-LINEAR, FULL = "linear_attention", "full_attention"
+LINEAR, SLIDING, FULL = "linear_attention", "sliding_attention", "full_attention"
 
 # One of each; the first is the paper's.
 VARIANTS: dict[str, dict[str, object]] = {
@@ -35,7 +35,43 @@ VARIANTS: dict[str, dict[str, object]] = {
     "hybrid": {"layer_types": [LINEAR, FULL]},
     "hybrid, softmax first": {"layer_types": [FULL, LINEAR], "attention_bias": True},
     "all softmax": {"layer_types": [FULL, FULL]},
+    "untied map": {"feature_map": "untied"},
 }
+WINDOW_VARIANTS: dict[str, dict[str, object]] = {
+    "lolcats": {
+        "linear_rope": True,
+        "feature_map": "untied",
+        "use_conv": False,
+        "gate": "none",
+        "sliding_window": 5,
+    },
+    "window": {"sliding_window": 5},
+    "window of one": {"sliding_window": 1},
+    "long window": {"sliding_window": 33, "gate": "head"},
+    "sinks in a window": {"sliding_window": 4, "num_sinks": 3},
+    "window, state a kv head": {"sliding_window": 5, "state_heads": "kv", "num_sinks": 1},
+    "window, no normaliser": {"sliding_window": 5, "use_normalizer": False},
+    "window, strong bound": {"sliding_window": 7, "min_log_decay": -5.0, "gate_divisor": 0.1},
+    "window, biases": {"sliding_window": 3, "attention_bias": True, "num_key_value_heads": 1},
+    "sliding": {"layer_types": [SLIDING, SLIDING], "sliding_window": 5},
+    "sliding, with sinks": {"layer_types": [SLIDING, SLIDING], "sliding_window": 4, "num_sinks": 3},
+    "three kinds": {
+        "layer_types": [SLIDING, LINEAR, FULL],
+        "num_hidden_layers": 3,
+        "sliding_window": 6,
+        "num_sinks": 2,
+    },
+}
+VARIANTS |= WINDOW_VARIANTS
+
+
+def _possible(fields: dict[str, object]) -> dict[str, object]:
+    """The same fields, without what needs a window where there is none."""
+    if fields["sliding_window"] is None:
+        fields["num_sinks"] = 0
+        fields["layer_types"] = [LINEAR if kind == SLIDING else kind for kind in fields["layer_types"]]
+    return fields
+
 
 # Any combination of fields.
 fields = st.fixed_dictionaries(
@@ -50,9 +86,12 @@ fields = st.fixed_dictionaries(
         "num_key_value_heads": st.sampled_from([1, 2, 4]),
         "feature_dim": st.sampled_from([4, 8, 16]),
         "attention_bias": st.booleans(),
-        "layer_types": st.lists(st.sampled_from([LINEAR, LINEAR, FULL]), min_size=2, max_size=2),
+        "layer_types": st.lists(st.sampled_from([LINEAR, LINEAR, SLIDING, FULL]), min_size=2, max_size=2),
+        "feature_map": st.sampled_from(["tied", "untied"]),
+        "sliding_window": st.sampled_from([None, 1, 4, 7, 50]),
+        "num_sinks": st.integers(0, 4),
     }
-)
+).map(_possible)
 
 
 @functools.cache

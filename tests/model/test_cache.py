@@ -10,12 +10,14 @@ from model_variants import VARIANTS, model_of, random_tokens
 
 from comparison import assert_near
 from lawcat import LawcatCache, LawcatForCausalLM
+from lawcat.model.cache import LinearAttentionState
 from small_models import make_config, make_model
 
 NAMES = ["paper", "no convolution", "state a kv head", "hybrid", "hybrid, softmax first"]
+WINDOW_NAMES = ["lolcats", "sinks in a window", "sliding, with sinks", "three kinds"]
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=[*NAMES, *WINDOW_NAMES])
 def model(request: pytest.FixtureRequest) -> LawcatForCausalLM:
     return model_of(VARIANTS[request.param])
 
@@ -76,8 +78,9 @@ def test_no_longest_sequence(model: LawcatForCausalLM) -> None:
 
 def test_tensors_are_named_by_layer(model: LawcatForCausalLM) -> None:
     names = read(model, 1, 5).tensors().keys()
-    assert {name.split(".")[1] for name in names} == {"0", "1"}
-    assert {name.split(".")[2] for name in names} <= {"recurrent", "q_inputs", "k_inputs", "keys", "values"}
+    assert {name.split(".")[1] for name in names} == set(map(str, range(len(model.model.layers))))
+    known = {"keys", "values", *LinearAttentionState._TENSORS}
+    assert {name.split(".")[2] for name in names} <= known
 
 
 def test_a_fork_goes_its_own_way(model: LawcatForCausalLM) -> None:

@@ -10,7 +10,7 @@ from comparison import assert_near
 
 @torch.no_grad()
 def test_one_graph() -> None:
-    model = model_of(VARIANTS["hybrid"], torch.float32).model
+    model = model_of(VARIANTS["hybrid"] | {"sliding_window": 5, "num_sinks": 2}, torch.float32).model
     prompt, token = random_tokens(2, 40), random_tokens(2, 1)
 
     def read(tokens, cache):

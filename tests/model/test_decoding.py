@@ -66,7 +66,9 @@ def test_any_pieces_of_any_padding_of_any_variant(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["paper", "state a kv head", "hybrid", "rope"])
+@pytest.mark.parametrize(
+    "name", ["paper", "state a kv head", "hybrid", "rope", "lolcats", "window", "three kinds"]
+)
 def test_in_float32(name: str) -> None:
     model = model_of(VARIANTS[name], torch.float32)
     tokens = random_tokens(2, 70)
@@ -76,7 +78,9 @@ def test_in_float32(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["paper", "state a kv head, no convolution", "hybrid, softmax first"])
+@pytest.mark.parametrize(
+    "name", ["paper", "state a kv head, no convolution", "hybrid, softmax first", "three kinds"]
+)
 def test_no_token_sees_a_later_one(name: str) -> None:
     model = model_of(VARIANTS[name])
     tokens = random_tokens(1, TOKENS)

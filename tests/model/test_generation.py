@@ -20,6 +20,10 @@ NAMES = [
     "hybrid",
     "hybrid, softmax first",
     "all softmax",
+    "lolcats",
+    "sinks in a window",
+    "sliding, with sinks",
+    "three kinds",
 ]
 NEW_TOKENS = 9
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_variants import VARIANTS, left_pad, model_of, random_tokens
+from model_variants import VARIANTS, WINDOW_VARIANTS, left_pad, model_of, random_tokens
 from torch import Tensor
 
 from comparison import assert_near
 from lawcat import LawcatForCausalLM
 from lawcat.model.cache import LinearAttentionState
 
-LINEAR_VARIANTS = [name for name, fields in VARIANTS.items() if "full_attention" not in str(fields)]
+# Of linear layers without a window, in which padding between tokens takes up places.
+LINEAR_VARIANTS = [
+    name
+    for name, fields in VARIANTS.items()
+    if "full_attention" not in str(fields) and name not in WINDOW_VARIANTS
+]
 HYBRID_VARIANTS = [name for name in VARIANTS if "hybrid" in name]
 
 
@@ -50,10 +55,11 @@ def test_right_padding_changes_nothing(name: str) -> None:
     expected = model(tokens[:1, :12], use_cache=True)
     assert_near(actual.logits[0, :12], expected.logits[0], 1e-12)
     assert_near(actual.logits[1], model(tokens).logits[1], 1e-12)
-    for padded_state, state in zip(
-        states(actual.past_key_values), states(expected.past_key_values), strict=True
-    ):
-        assert_near(padded_state[0], state[0], 1e-13, "state")
+    if name not in WINDOW_VARIANTS:
+        for padded_state, state in zip(
+            states(actual.past_key_values), states(expected.past_key_values), strict=True
+        ):
+            assert_near(padded_state[0], state[0], 1e-13, "state")
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ except ModuleNotFoundError:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("student")
-    model = model_of(VARIANTS["hybrid"], torch.float32)
+    model = model_of(VARIANTS["hybrid"] | {"sliding_window": 5, "num_sinks": 2}, torch.float32)
     model.save_pretrained(place)
     write_remote_code(place)
     tokens = random_tokens(1, 20)

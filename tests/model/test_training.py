@@ -12,7 +12,7 @@ from lawcat import LawcatForCausalLM
 from lawcat.ops import use_backend
 from small_models import make_model
 
-NAMES = ["paper", "state a kv head", "gate a head", "no convolution", "hybrid"]
+NAMES = ["paper", "state a kv head", "gate a head", "no convolution", "hybrid", "lolcats", "three kinds"]
 
 
 def gradients(model: LawcatForCausalLM, tokens: Tensor, **options: object) -> dict[str, Tensor]:

@@ -97,9 +97,7 @@ def student_config(
                     f"{what} layer {layer} does not exist: the teacher has layers 0 to {num_layers - 1}."
                 )
             if kinds[layer] not in (LINEAR, kind):
-                raise ConfigurationError(
-                    f"layer {layer} is named among softmax and sliding layers; leave one."
-                )
+                raise ConfigurationError(f"layer {layer} is named as softmax and as sliding; choose one.")
             kinds[layer] = kind
     fields = {name: getattr(teacher_config, name) for name in family.fields if hasattr(teacher_config, name)}
     try:

@@ -74,3 +74,69 @@ def gated_linear_attention_reference(
             numerator, normaliser = read[..., :-1], read[..., -1:]
             output.append((numerator / (normaliser + eps) if normalize else numerator)[:, None])
     return torch.cat(output, dim=1).to(output_dtype), state
+
+
+def windowed_linear_attention_reference(
+    scores: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    window: int,
+    num_sinks: int = 0,
+    factor: Tensor | None = None,
+    is_real: Tensor | None = None,
+    normalize: bool = True,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Return softmax over the last tokens and linear attention over the rest, from a dense matrix of weights.
+
+    Each past token is counted once. That of token t for token s of its past is::
+
+        factor * exp(scores_ts - max over near tokens)    where s is near: s > t - window, or a sink
+        phi(q_t) . (a_{s+1} ... a_t) . phi(k_s)           where it is far
+
+    Args:
+        scores: Logits of the softmax [B, H, T, T].
+        q: Query features [B, T, H, F]; query head h reads state head ``h // (H / N)``.
+        k: Key features [B, T, N, F].
+        v: Values [B, T, N, D].
+        log_decay: Natural logarithm of the decay a, at most 0: [B, T, N, F], or [B, T, N, 1] for one a head.
+        window: Tokens that are near, the present one among them.
+        num_sinks: First tokens of each row that are near for ever.
+        factor: Of the near weights, one a query head [H]; 1 when None.
+        is_real: Which tokens are no padding [B, T], bool; all when None. Padding is in no sum, and takes up
+            its place in the window.
+        normalize: Divide by the sum of all weights, else return the plain sum.
+        eps: Added to that sum before dividing, above 0.
+
+    Returns:
+        [B, T, H, D] in the dtype of the arguments.
+
+    Source: LoLCATs (arXiv 2410.10254), equation 6, with decay; sinks as in StreamingLLM (arXiv 2309.17453).
+    """
+    batch, tokens, num_query_heads, _ = q.shape
+    group = num_query_heads // k.shape[2]
+    k, v, log_decay = (t.repeat_interleave(group, dim=2) for t in (k, v, log_decay))  # [B, T, H, .]
+    if is_real is None:
+        is_real = torch.ones(batch, tokens, dtype=torch.bool, device=q.device)
+    token = torch.arange(tokens, device=q.device)
+    is_past = (token[None, :] <= token[:, None]) & is_real[:, None, :]  # [B, t, s]
+    is_sink = is_real & (is_real.cumsum(1) <= num_sinks)
+    is_near = is_past & ((token[None, :] > token[:, None] - window) | is_sink[:, None, :])
+    is_far = is_past & ~is_near
+
+    largest = scores.masked_fill(~is_near[:, None], -torch.inf).amax(-1, keepdim=True)
+    largest = largest.clamp(min=torch.finfo(scores.dtype).min)  # rows of padding
+    near = (scores - largest).masked_fill(~is_near[:, None], -torch.inf).exp()
+    if factor is not None:
+        near = near * factor[:, None, None]
+    total = log_decay.cumsum(1)
+    between = total[:, :, None] - total[:, None]  # [B, t, s, H, F]
+    between = between.masked_fill(~is_far[..., None, None], 0.0).exp()
+    far = torch.einsum("bthf,btshf,bshf->bhts", q, between.expand(-1, -1, -1, -1, q.shape[-1]), k)
+    weights = near + far.masked_fill(~is_far[:, None], 0.0)  # [B, H, t, s]
+    if normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + eps)
+    return torch.einsum("bhts,bshd->bthd", weights, v)
