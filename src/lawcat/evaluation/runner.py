@@ -124,7 +124,7 @@ class CellResult:
             "state_bytes": self.state_bytes,
             **({"rules": rules} if (rules := self.rules) else {}),
             "haystack": self.options.get("haystack"),
-            **({"noise": self.options["noise"]} if "noise" in self.options else {}),
+            **{name: self.options[name] for name in ("noise", "babi") if name in self.options},
             "options": self.options,
             "depths": self._by_depth(),
             "failures": self._failures(),
@@ -528,8 +528,8 @@ class _Maker:
         known = self.cache.get(key)
         if known is None:
             sample = task.generate(self.tokenizer, cell.length, index, self.seed, **cell.options)
-            answers = task.rule_answers(sample)
-            rules = {name: task.score(sample, answer)[task.metrics[0]] for name, answer in answers.items()}
+            said = task.rule_answers(sample)
+            rules = {name: task.score(sample, answer)[task.metrics[0]] for name, answer in said.items()}
             known = PreparedSample(sample, rules)
             self.cache.put(key, known)
         return known
