@@ -256,11 +256,10 @@ def test_several_models_share_samples_made_once(tokenizer, model):
 
 def test_samples_made_in_the_background_are_the_same(tokenizer, model, monkeypatch):
     whole = run(model, tokenizer, Counting(crashing=[3]), lengths=[100, 400], batch_tokens=200)
-
-    def in_background(items, *, in_background):
-        return made_ahead(items, in_background=True)
-
-    monkeypatch.setattr("lawcat.evaluation.runner.made_ahead", in_background)
+    needles = {"tasks": ["niah_single_2", "passkey"], "lengths": [700], "samples": 4, "batch_tokens": 1500}
+    asked = evaluate(model, tokenizer, **needles)
+    monkeypatch.setattr("lawcat.evaluation.runner._overlaps", lambda device: True)
+    assert given(evaluate(model, tokenizer, **needles)) == given(asked)
     again = run(model, tokenizer, Counting(crashing=[3]), lengths=[100, 400], batch_tokens=200)
     assert given(again) == given(whole)
     assert again.num_errors == 2

@@ -342,13 +342,13 @@ def evaluate(
         ),
         window=getattr(model.config.get_text_config(), "max_position_embeddings", None),
     )
-    on_cpu = device.type == "cpu"
-    if not on_cpu:
+    overlaps = _overlaps(device)
+    if overlaps:
         # Two threads may not use one tokenizer at a time.
         maker = maker.with_tokenizer(copy.deepcopy(tokenizer))
     missing = [[index for index in range(samples) if index not in records] for records in found]
     batches = maker.batches(cells, missing, run.plan)
-    with open_records(output_jsonl) as stream, made_ahead(batches, in_background=not on_cpu) as ready:
+    with open_records(output_jsonl) as stream, made_ahead(batches, in_background=overlaps) as ready:
         for number, batch in ready:
             for records in run.answer(cells[number], batch):
                 for record in records:
@@ -419,6 +419,11 @@ def kind_of(model: PreTrainedModel) -> Kind:
     if LINEAR in types:
         return "student"
     return "baseline" if "sliding_attention" in types else "teacher"
+
+
+def _overlaps(device: torch.device) -> bool:
+    """Return whether samples can be made while the model is at work."""
+    return device.type != "cpu"
 
 
 def _describe_device(device: torch.device) -> str:
