@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from tiny_runs import (
     TinyRun,
     assert_same_student,
     files_unchanged,
+    free_port,
     on_one_processor,
     tensors_of,
     tiny_recipe,
@@ -47,12 +47,6 @@ from lawcat.errors import (
 from tiny_teachers import random_ids, save_teacher
 
 LOG = "training_log.jsonl"
-
-
-@pytest.fixture(scope="module")
-def module_patch() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
 
 
 @pytest.fixture(scope="module")
@@ -622,13 +616,6 @@ def test_overrides_by_name_and_by_dotted_name(run: TinyRun) -> None:
     out = linearize(str(run.teacher), run.place / "overridden", recipe, **options).path
     found = Recipe.load(out / "recipe.yaml")
     assert (found.attention_transfer.steps, found.recovery.steps, found.seed) == (0, 0, 9)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-    return port
 
 
 @pytest.mark.parametrize("train_what", ["lora", "all"])

@@ -10,10 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import TinyRun, assert_same_student, files_unchanged, on_one_processor, tiny_recipe
+from tiny_runs import (
+    TinyRun,
+    assert_same_student,
+    files_unchanged,
+    free_port,
+    on_one_processor,
+    tensors_of,
+    tiny_recipe,
+)
 
 import lawcat.distill.linearize as linearize_module
 import lawcat.distill.matrix as matrix_module
+from comparison import assert_near
 from lawcat.distill.linearize import linearize
 from lawcat.distill.matrix import MatrixResult, linearize_matrix, matrix_table, plan
 from lawcat.distill.recipe import Recipe
@@ -26,12 +35,6 @@ VARIANTS: dict[str, Any] = {
     "all": {"recovery": {"train": "all"}},
 }
 EVALUATION = {"tasks": ["passkey"], "lengths": [512], "samples": 2, "perplexity_tokens": 64}
-
-
-@pytest.fixture(scope="module")
-def module_patch() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +245,23 @@ def test_two_processes_share_the_work(run: TinyRun, whole: MatrixResult) -> None
     assert set(states(first).values()) == {"finished"}
     for name in ("plain", "no-conv", "all"):
         assert_same_student(first.path / name, whole.path / name)
+
+
+def test_two_processes_that_train_together(run: TinyRun, capfd: pytest.CaptureFixture[str]) -> None:
+    matrix = {"plain": {}, "no-conv": {"model.use_conv": False}}
+    options: dict[str, Any] = {"recovery.steps": 2, "recovery.carried_segments": 0}
+    one = train(run, "one process", recipe_of(run, matrix), **options)
+
+    def work(rank: int) -> None:
+        train(run, "two together", recipe_of(run, matrix), message=print, **options)
+
+    capfd.readouterr()
+    run.in_two_processes(work, free_port())
+    assert capfd.readouterr().out.count("variant 2 of 2: no-conv") == 1
+    for name in matrix:
+        expected = tensors_of(one.path / name)
+        for key, tensor in tensors_of(run.place / "two together" / name).items():
+            assert_near(tensor, expected[key], 1e-4, key, least_scale=0.1)
 
 
 def test_text_of_the_teacher_is_sampled_once_for_all(

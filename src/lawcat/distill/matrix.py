@@ -22,7 +22,7 @@ from lawcat.distill.assessment import EVALUATION_FOLDER, assess, free_memory, me
 from lawcat.distill.linearize import RUN_NAME, check_config, linearize
 from lawcat.distill.recipe import Matrix, Recipe, Variant, dotted_keys
 from lawcat.distill.text import Progress
-from lawcat.errors import BusyError, ConfigurationError, LawcatError, did_you_mean
+from lawcat.errors import BusyError, ConfigurationError, LawcatError
 from lawcat.evaluation.lengths import format_length
 from lawcat.evaluation.report import write_report
 from lawcat.files import write_atomic
@@ -130,7 +130,10 @@ def linearize_matrix(
         settings = settings.with_overrides(dotted_keys(overrides))
     directory = Path(out)
     settings, asked = plan(settings, directory, variants, seeds)
-    record = _read_record(directory)
+    is_main = not int(os.environ.get("RANK", "0"))
+    if not is_main:  # of several processes that train together, one tells and writes
+        progress, message = None, _silent
+    record = _read_record(directory) if is_main else None
 
     def check(config: Any) -> None:
         for run in asked:
@@ -139,9 +142,9 @@ def linearize_matrix(
             except ConfigurationError as error:
                 raise ConfigurationError(f"variant {run.name}: {error}") from error
 
-    is_main = not int(os.environ.get("RANK", "0"))
-    source = resolve_teacher(teacher, progress=message if is_main else None, check_config=check)
-    _begin(directory, record, settings, source.fingerprint, is_main)
+    source = resolve_teacher(teacher, progress=message, check_config=check)
+    if is_main:
+        _begin(directory, record, settings, source.fingerprint)
     done: dict[str, MatrixRun] = {}
     for number, run in enumerate(asked, 1):
         message(f"variant {number} of {len(asked)}: {run.name}")
@@ -159,6 +162,10 @@ def linearize_matrix(
     if not is_main:
         return MatrixResult(directory, tuple(done.values()), (), "")
     return _summarize(directory, settings, source.fingerprint, done)
+
+
+def _silent(text: str) -> None:
+    """Say nothing."""
 
 
 def plan(
@@ -183,12 +190,8 @@ def plan(
         recipe = replace(recipe, matrix=Matrix((Variant(name, {}),)))
     matrix = recipe.matrix
     assert matrix is not None
-    for name in variants if variants is not None else ():
-        if name not in matrix.names:
-            raise ConfigurationError(
-                f"There is no variant {name!r} in the recipe {recipe.name!r}; there are "
-                f"{', '.join(matrix.names)}.{did_you_mean(name, matrix.names)}"
-            )
+    for name in variants or ():
+        recipe.variant(name)
     if variants is not None and not variants:
         raise ConfigurationError(f"No variant is named; there are {', '.join(matrix.names)}.")
     if seeds is not None and (not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0):
@@ -226,15 +229,13 @@ def _read_record(directory: Path) -> dict[str, Any] | None:
     )
 
 
-def _begin(
-    directory: Path, record: dict[str, Any] | None, recipe: Recipe, teacher: str, is_main: bool
-) -> None:
+def _begin(directory: Path, record: dict[str, Any] | None, recipe: Recipe, teacher: str) -> None:
     if record is not None and record.get("teacher") != teacher:
         raise ConfigurationError(
             f"{directory} holds the students of another teacher; nothing was overwritten. Choose another "
             "output directory."
         )
-    if record is None and is_main:
+    if record is None:
         _write_record(directory, recipe, teacher, [])
 
 
