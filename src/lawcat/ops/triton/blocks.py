@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+# Half of what a chunk or sub-block may decay. 2^57.7 = e^40 is far from what float32 and bfloat16 hold, also
+# when it is multiplied with values and summed.
+MAX_EXPONENT = tl.constexpr(57.7)
 
 
 @triton.jit
@@ -102,14 +104,6 @@ def convolved_rows(
     else:
         d = tl.arange(0, DP)
         channel = weight_head * D + d
-        # All taps as one tile, and each by a sum: of filters loaded one by one the compiler makes copies in
-        # the layout of a matrix product's operand, which take twice the registers.
-        index = tl.arange(0, TAPS_P)
-        filters = tl.load(
-            taps + channel[None, :] * TAPS + index[:, None],
-            mask=(index[:, None] < TAPS) & (d[None, :] < D),
-            other=0.0,
-        ).to(tl.float32)
         y = tl.zeros([C, DP], tl.float32)
         for tap in tl.static_range(TAPS):
             rows = load_rows(x, first_row, t0, stop, head, keep, HEADS, D, DP, C, TAPS - 1 - tap, MASKED).to(
@@ -125,7 +119,8 @@ def convolved_rows(
                     mask=earlier[:, None] & (d[None, :] < D),
                     other=0.0,
                 ).to(tl.float32)
-            y += rows * tl.sum(tl.where(index[:, None] == tap, filters, 0.0), axis=0)[None, :]
+            filter_tap = tl.load(taps + channel * TAPS + tap, mask=d < D, other=0.0).to(tl.float32)
+            y += rows * filter_tap[None, :]
     return y
 
 
@@ -197,17 +192,21 @@ def load_decay_sums(
     sums, first_row, t0, stop, gate_head,
     GATE_HEADS: tl.constexpr, GATE_WIDTH: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Return the sums of log-decays from the chunk's start up to each token, a tile [C, FP]."""
-    i = tl.arange(0, C)
+    """Return the sums of log-decays from the chunk's start up to each token, a tile [C, FP].
+
+    Rows of tokens at ``stop`` or after repeat the last one.
+    """
+    i = tl.minimum(tl.arange(0, C), stop - 1 - t0)
     feature, is_feature = feature_columns(F, FP)
     if GATE_WIDTH == 1:
         feature = feature * 0
     base = sums + (first_row + t0) * (GATE_HEADS * GATE_WIDTH) + gate_head * GATE_WIDTH
     offset = i[:, None] * (GATE_HEADS * GATE_WIDTH) + feature[None, :]
-    inside = (t0 + i < stop)[:, None]
-    if F != FP:
-        inside = inside & is_feature[None, :]
-    return tl.load(base + offset, mask=inside, other=0.0)
+    if F == FP:
+        tile = tl.load(base + offset)
+    else:
+        tile = tl.load(base + offset, mask=is_feature[None, :], other=0.0)
+    return tile
 
 
 @triton.jit
@@ -221,59 +220,3 @@ def load_decay_sum(
         feature = feature * 0
     base = sums + (first_row + t) * (GATE_HEADS * GATE_WIDTH) + gate_head * GATE_WIDTH
     return tl.load(base + feature, mask=is_feature, other=0.0)
-
-
-@triton.jit
-def sub_block_centers(
-    sums, first_row, t0, last, gate_head,
-    GATE_HEADS: tl.constexpr, GATE_WIDTH: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, C: tl.constexpr,
-    SUB: tl.constexpr,
-):  # fmt: skip
-    """Return the middle of the range of decay sums of each sub-block, up to four vectors [FP].
-
-    Where there are fewer sub-blocks the last is repeated.
-    """
-    end = load_decay_sum(
-        sums, first_row, tl.minimum(t0 + SUB - 1, last), gate_head, GATE_HEADS, GATE_WIDTH, F, FP
-    )
-    center_0 = 0.5 * end
-    center_1, center_2, center_3 = center_0, center_0, center_0
-    if C // SUB > 1:
-        before = end
-        end = load_decay_sum(
-            sums, first_row, tl.minimum(t0 + 2 * SUB - 1, last), gate_head, GATE_HEADS, GATE_WIDTH, F, FP
-        )
-        center_1 = 0.5 * (before + end)
-    if C // SUB > 2:
-        before = end
-        end = load_decay_sum(
-            sums, first_row, tl.minimum(t0 + 3 * SUB - 1, last), gate_head, GATE_HEADS, GATE_WIDTH, F, FP
-        )
-        center_2 = 0.5 * (before + end)
-        before = end
-        end = load_decay_sum(
-            sums, first_row, tl.minimum(t0 + 4 * SUB - 1, last), gate_head, GATE_HEADS, GATE_WIDTH, F, FP
-        )
-        center_3 = 0.5 * (before + end)
-    return center_0, center_1, center_2, center_3
-
-
-@triton.jit
-def by_part(x_0, x_1, x_2, x_3, part, PARTS: tl.constexpr, FIRST: tl.constexpr = 0):
-    """Return a tile [C, FP] (or [1, FP]) whose rows of sub-block s are ``x_s``.
-
-    Rows of sub-blocks before FIRST hold anything finite.
-    """
-    if PARTS == 1:
-        tile = x_0[None, :]
-    elif PARTS == 2:
-        tile = x_1[None, :]
-        if FIRST == 0:
-            tile = tl.where((part == 0)[:, None], x_0[None, :], tile)
-    else:
-        tile = tl.where((part == 2)[:, None], x_2[None, :], x_3[None, :])
-        if FIRST <= 1:
-            tile = tl.where((part == 1)[:, None], x_1[None, :], tile)
-        if FIRST == 0:
-            tile = tl.where((part == 0)[:, None], x_0[None, :], tile)
-    return tile

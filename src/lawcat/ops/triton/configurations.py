@@ -92,7 +92,8 @@ def choose_configuration(
     """
     wide = max(padded_width(feature_dim), padded_width(value_dim))
     is_float32 = dtype == torch.float32
-    chunk = 32 if wide >= 256 or (wide >= 128 and is_float32) else 64
+    # Chunks of 64 are what Hopper's matrix unit takes, with 4 warps; wider tiles do not fit into registers.
+    chunk = 64 if wide <= 64 else 32
     warps = 4 if wide <= 64 else 8
     value_block = min(padded_width(value_dim), 64 if wide >= 256 or is_float32 else 128)
     # Enough programs to fill the device four times over, and segments long enough that their states are

@@ -4,10 +4,11 @@ States are held transposed, [D, F] with the normaliser [F] beside it: then the f
 of the product that adds to the state, which goes to shared memory once, in bfloat16.
 
 A sequence is cut into segments and these into chunks of C tokens. What a token of a chunk weighs is
-``sum_f q_if k_jf 2^(b_if - b_jf)``, b being the sums of log-decays since the chunk's start. Inside a
-sub-block of SUB tokens it is a product of ``q 2^(b - r)`` and ``k 2^(r - b)`` around the middle r of the
-sub-block's range; between sub-blocks q's factor is taken around the earlier one's middle, so that it is below
-1. No exponent is larger than half of what a sub-block can decay.
+``sum_f q_if k_jf 2^(b_if - b_jf)``, b being the sums of log-decays since the chunk's start. It is a product
+of ``q 2^(b - r)`` and ``k 2^(r - b)``, r being half of the chunk's sum: then q decayed from the chunk's start,
+k decayed to its end and both these factors differ by ``2^r`` alone. Where a channel decays so much in a
+chunk that a factor would be too large, the chunk takes a slower path: its keys come in sub-blocks of SUB
+tokens, each with an r of its own. Whether it does is seen from the numbers, chunk by chunk.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
@@ -19,14 +20,14 @@ import triton.language as tl
 
 from .blocks import (
     LOG2_E,
-    by_part,
+    MAX_EXPONENT,
     feature_columns,
     features,
     load_decay_sum,
     load_decay_sums,
     load_map_weight,
     locate_segment,
-    sub_block_centers,
+    stay_in_layout,
     without_padding,
 )
 
@@ -83,7 +84,7 @@ def gate_kernel(
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def state_kernel(
     k, v, sums, k_taps, k_before, map_weight, keep, table,
-    states, normalisers, decays,
+    states, normalisers, decays, strongest,
     tokens, num_segments, segment_tokens,
     K_HEADS: tl.constexpr, V_HEADS: tl.constexpr, GATE_HEADS: tl.constexpr, GATE_WIDTH: tl.constexpr,
     N: tl.constexpr, D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, FP: tl.constexpr,
@@ -113,6 +114,7 @@ def state_kernel(
     # Summed over tokens once at the end: a sum across warps in each chunk would cost more.
     normaliser = tl.zeros([C, FP], tl.float32)
     decay = tl.zeros([FP], tl.float32)
+    strongest_decay = tl.zeros([FP], tl.float32)
     for t0 in range(start, stop, C):
         phi = features(
             k, first_row, t0, stop, k_head, keep, k_taps, k_before, sequence, weight, n,
@@ -128,13 +130,14 @@ def state_kernel(
             mask=(t0 + i < stop)[:, None] & (column[None, :] < DV),
             other=0.0,
         )
-        phi = phi * tl.exp2(tl.minimum(total[None, :] - b, 0.0))
+        phi = phi * tl.exp2(total[None, :] - b)
         through = tl.exp2(total)
         state = tl.dot(
             tl.trans(values.to(DOT)), phi.to(DOT), state * through[None, :], input_precision=PRECISION
         )
         normaliser = normaliser * through[None, :] + phi
         decay += total
+        strongest_decay = tl.minimum(strongest_decay, total)
 
     row = segment.to(tl.int64) * N + n
     tl.store(
@@ -145,6 +148,7 @@ def state_kernel(
     if block == 0:
         tl.store(normalisers + row * F + feature, tl.sum(normaliser, axis=0), mask=is_feature)
         tl.store(decays + row * F + feature, decay, mask=is_feature)
+        tl.store(strongest + row, tl.min(strongest_decay, axis=0))
 
 
 @triton.jit(do_not_specialize=["num_segments"])
@@ -199,10 +203,125 @@ def scan_kernel(
         tl.store(final + ends + f * (DV + 1) + DV, normaliser, mask=f < F)
 
 
+@triton.jit
+def by_sub_blocks(
+    q, k, sums, first_row, t0, stop, last, head, k_head, gate_head, keep, q_taps, k_taps,
+    q_before, k_before, sequence, weight, n, total,
+    H: tl.constexpr, K_HEADS: tl.constexpr, N: tl.constexpr, GATE_HEADS: tl.constexpr,
+    GATE_WIDTH: tl.constexpr, D: tl.constexpr, F: tl.constexpr, DP: tl.constexpr, FP: tl.constexpr,
+    C: tl.constexpr, SUB: tl.constexpr, TAPS: tl.constexpr, TAPS_P: tl.constexpr,
+    HAS_BEFORE: tl.constexpr, MASKED: tl.constexpr, HAS_MAP: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Return q from the chunk's start, k to its end and the weights, of a chunk that decays too much.
+
+    The features are computed again, since a chunk seldom comes here and registers are short where all do.
+    """
+    i = tl.arange(0, C)
+    b = load_decay_sums(sums, first_row, t0, stop, gate_head, GATE_HEADS, GATE_WIDTH, F, FP, C)
+    phi_k = features(
+        k, first_row, t0, stop, k_head, keep, k_taps, k_before, sequence, weight, n,
+        K_HEADS, N, D, F, DP, FP, C, TAPS, TAPS_P, HAS_BEFORE, MASKED, HAS_MAP, PRECISION, INTERPRETED,
+    )  # fmt: skip
+    phi_k = without_padding(phi_k, first_row, t0, stop, keep, C, MASKED)
+    phi_q = features(
+        q, first_row, t0, stop, head, keep, q_taps, q_before, sequence, weight, head,
+        H, H, D, F, DP, FP, C, TAPS, TAPS_P, HAS_BEFORE, MASKED, HAS_MAP, PRECISION, INTERPRETED,
+    )  # fmt: skip
+    weights = tl.zeros([C, C], tl.float32)
+    before = tl.zeros([FP], tl.float32)
+    for s in range(0, C, SUB):
+        border = tl.minimum(t0 + s + SUB - 1, last)
+        after = load_decay_sum(sums, first_row, border, gate_head, GATE_HEADS, GATE_WIDTH, F, FP)
+        center = 0.5 * (before + after)[None, :]
+        k_part = tl.where(((i >= s) & (i < s + SUB))[:, None], phi_k * tl.exp2(center - b), 0.0)
+        q_part = tl.where((i >= s)[:, None], phi_q * tl.exp2(b - center), 0.0)
+        weights = tl.dot(q_part.to(DOT), tl.trans(k_part.to(DOT)), weights, input_precision=PRECISION)
+        before = after
+    q_start = (phi_q * tl.exp2(b)).to(DOT)
+    k_end = (phi_k * tl.exp2(total[None, :] - b)).to(DOT)
+    return q_start, k_end, weights
+
+
+@triton.jit
+def output_chunk(
+    state, normaliser, q, k, v, sums, q_taps, k_taps, q_before, k_before, weight, keep, output, weight_sums,
+    first_row, t0, stop, sequence, head, n, k_head, v_head, gate_head, block, eps,
+    H: tl.constexpr, K_HEADS: tl.constexpr, V_HEADS: tl.constexpr, GATE_HEADS: tl.constexpr,
+    GATE_WIDTH: tl.constexpr, N: tl.constexpr, D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr,
+    DP: tl.constexpr, FP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr,
+    TAPS: tl.constexpr, TAPS_P: tl.constexpr, HAS_BEFORE: tl.constexpr, HAS_MAP: tl.constexpr,
+    MASKED: tl.constexpr, NORMALIZE: tl.constexpr, SAVE_SUMS: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, SLOW: tl.constexpr,
+):  # fmt: skip
+    """Write the output of a chunk and return the state and its normaliser after it."""
+    i = tl.arange(0, C)
+    column = block * BV + tl.arange(0, BV)
+    last = tl.minimum(t0 + C, stop) - 1
+    total = load_decay_sum(sums, first_row, last, gate_head, GATE_HEADS, GATE_WIDTH, F, FP)
+    if SLOW:
+        q_start, k_end, weights = by_sub_blocks(
+            q, k, sums, first_row, t0, stop, last, head, k_head, gate_head, keep, q_taps, k_taps,
+            q_before, k_before, sequence, weight, n, total,
+            H, K_HEADS, N, GATE_HEADS, GATE_WIDTH, D, F, DP, FP, C, SUB, TAPS, TAPS_P, HAS_BEFORE,
+            MASKED, HAS_MAP, DOT, PRECISION, INTERPRETED,
+        )  # fmt: skip
+    else:
+        b = load_decay_sums(sums, first_row, t0, stop, gate_head, GATE_HEADS, GATE_WIDTH, F, FP, C)
+        b -= 0.5 * total[None, :]
+        half = tl.exp2(0.5 * total)
+
+        phi = features(
+            k, first_row, t0, stop, k_head, keep, k_taps, k_before, sequence, weight, n,
+            K_HEADS, N, D, F, DP, FP, C, TAPS, TAPS_P, HAS_BEFORE, MASKED, HAS_MAP, PRECISION, INTERPRETED,
+        )  # fmt: skip
+        phi = without_padding(phi, first_row, t0, stop, keep, C, MASKED) * tl.exp2(-b)
+        k_middle = phi.to(DOT)
+        phi *= half[None, :]
+        k_end = phi.to(DOT)
+        k_sum = tl.sum(phi, axis=0)
+
+        phi = features(
+            q, first_row, t0, stop, head, keep, q_taps, q_before, sequence, weight, head,
+            H, H, D, F, DP, FP, C, TAPS, TAPS_P, HAS_BEFORE, MASKED, HAS_MAP, PRECISION, INTERPRETED,
+        )  # fmt: skip
+        phi = stay_in_layout(phi * tl.exp2(b), INTERPRETED)
+        weights = tl.dot(phi.to(DOT), tl.trans(k_middle), input_precision=PRECISION)
+        q_start = (phi * half[None, :]).to(DOT)
+    weights = tl.where(i[:, None] >= i[None, :], weights, 0.0)
+
+    read = tl.dot(q_start, tl.trans(state.to(DOT)), input_precision=PRECISION)
+    v_rows = (first_row + t0) * (V_HEADS * DV) + v_head * DV
+    values = tl.load(
+        v + v_rows + i[:, None] * (V_HEADS * DV) + column[None, :],
+        mask=(t0 + i < stop)[:, None] & (column[None, :] < DV),
+        other=0.0,
+    ).to(DOT)
+    read = tl.dot(weights.to(DOT), values, read, input_precision=PRECISION)
+    if NORMALIZE:
+        sums_of_weights = tl.sum(weights, axis=1)
+        sums_of_weights += tl.sum(q_start.to(tl.float32) * normaliser[None, :], axis=1)
+        read = read * (1.0 / (sums_of_weights + eps))[:, None]
+        if SAVE_SUMS and block == 0:
+            tl.store(weight_sums + (first_row + t0) * H + head + i * H, sums_of_weights, mask=t0 + i < stop)
+    tl.store(
+        output
+        + (first_row + t0) * (H * DV) + head * DV
+        + i[:, None] * (H * DV) + column[None, :],
+        read.to(output.dtype.element_ty),
+        mask=(t0 + i < stop)[:, None] & (column[None, :] < DV),
+    )  # fmt: skip
+
+    through = tl.exp2(total)
+    state = tl.dot(tl.trans(values), k_end, state * through[None, :], input_precision=PRECISION)
+    normaliser = normaliser * through + tl.sum(k_end.to(tl.float32), axis=0)
+    return state, normaliser
+
+
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def output_kernel(
     q, k, v, sums, q_taps, k_taps, q_before, k_before, map_weight, keep, table,
-    states, normalisers, output, weight_sums,
+    states, normalisers, strongest, output, weight_sums,
     tokens, num_segments, segment_tokens, eps,
     H: tl.constexpr, K_HEADS: tl.constexpr, V_HEADS: tl.constexpr, GATE_HEADS: tl.constexpr,
     GATE_WIDTH: tl.constexpr, N: tl.constexpr, D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr,
@@ -224,9 +343,6 @@ def output_kernel(
     k_head = n // (N // K_HEADS)
     v_head = n // (N // V_HEADS)
     gate_head = n // (N // GATE_HEADS)
-    i = tl.arange(0, C)
-    part = i // SUB
-    tl.static_assert(C // SUB <= 4)
     column = block * BV + tl.arange(0, BV)
     feature, is_feature = feature_columns(F, FP)
     weight = 0
@@ -240,84 +356,19 @@ def output_kernel(
         other=0.0,
     )
     normaliser = tl.load(normalisers + row * F + feature, mask=is_feature, other=0.0)
-    for t0 in range(start, stop, C):
-        last = tl.minimum(t0 + C, stop) - 1
-        total = load_decay_sum(sums, first_row, last, gate_head, GATE_HEADS, GATE_WIDTH, F, FP)
-        b = load_decay_sums(sums, first_row, t0, stop, gate_head, GATE_HEADS, GATE_WIDTH, F, FP, C)
-        center_0, center_1, center_2, center_3 = sub_block_centers(
-            sums, first_row, t0, last, gate_head, GATE_HEADS, GATE_WIDTH, F, FP, C, SUB
-        )
-        b -= by_part(center_0, center_1, center_2, center_3, part, C // SUB)
-
-        phi = features(
-            k, first_row, t0, stop, k_head, keep, k_taps, k_before, sequence, weight, n,
-            K_HEADS, N, D, F, DP, FP, C, TAPS, TAPS_P, HAS_BEFORE, MASKED, HAS_MAP, PRECISION, INTERPRETED,
-        )  # fmt: skip
-        phi = without_padding(phi, first_row, t0, stop, keep, C, MASKED) * tl.exp2(-b)
-        k_middle = tl.trans(phi.to(DOT))
-        phi *= by_part(
-            tl.exp2(total - center_0), tl.exp2(total - center_1),
-            tl.exp2(total - center_2), tl.exp2(total - center_3), part, C // SUB,
-        )  # fmt: skip
-        k_sum = tl.sum(phi, axis=0)
-        k_end = phi.to(DOT)
-
-        phi = features(
-            q, first_row, t0, stop, head, keep, q_taps, q_before, sequence, weight, head,
-            H, H, D, F, DP, FP, C, TAPS, TAPS_P, HAS_BEFORE, MASKED, HAS_MAP, PRECISION, INTERPRETED,
-        )  # fmt: skip
-        phi *= tl.exp2(b)
-        weights = tl.dot(phi.to(DOT), k_middle, input_precision=PRECISION)
-        weights = tl.where((part[:, None] == part[None, :]) & (i[:, None] >= i[None, :]), weights, 0.0)
-        # Earlier sub-blocks: the factor of q is taken around their middle.
-        if C // SUB > 1:
-            between = tl.dot(
-                (phi * by_part(
-                    center_0, tl.exp2(center_1 - center_0),
-                    tl.exp2(center_2 - center_0), tl.exp2(center_3 - center_0), part, C // SUB, 1,
-                )).to(DOT), k_middle, input_precision=PRECISION,
+    if tl.load(strongest + row) >= -2 * MAX_EXPONENT:
+        for t0 in range(start, stop, C):
+            state, normaliser = output_chunk(
+                state, normaliser, q, k, v, sums, q_taps, k_taps, q_before, k_before, weight, keep, output,
+                weight_sums, first_row, t0, stop, sequence, head, n, k_head, v_head, gate_head, block, eps,
+                H, K_HEADS, V_HEADS, GATE_HEADS, GATE_WIDTH, N, D, F, DV, DP, FP, BV, C, SUB, TAPS, TAPS_P,
+                HAS_BEFORE, HAS_MAP, MASKED, NORMALIZE, SAVE_SUMS, DOT, PRECISION, INTERPRETED, False,
             )  # fmt: skip
-            weights = tl.where((part[:, None] > 0) & (part[None, :] == 0), between, weights)
-        if C // SUB > 2:
-            between = tl.dot(
-                (phi * by_part(
-                    center_0, center_0,
-                    tl.exp2(center_2 - center_1), tl.exp2(center_3 - center_1), part, C // SUB, 2,
-                )).to(DOT), k_middle, input_precision=PRECISION,
+    else:
+        for t0 in range(start, stop, C):
+            state, normaliser = output_chunk(
+                state, normaliser, q, k, v, sums, q_taps, k_taps, q_before, k_before, weight, keep, output,
+                weight_sums, first_row, t0, stop, sequence, head, n, k_head, v_head, gate_head, block, eps,
+                H, K_HEADS, V_HEADS, GATE_HEADS, GATE_WIDTH, N, D, F, DV, DP, FP, BV, C, SUB, TAPS, TAPS_P,
+                HAS_BEFORE, HAS_MAP, MASKED, NORMALIZE, SAVE_SUMS, DOT, PRECISION, INTERPRETED, True,
             )  # fmt: skip
-            weights = tl.where((part[:, None] > 1) & (part[None, :] == 1), between, weights)
-        if C // SUB > 3:
-            between = tl.dot(
-                (phi * tl.exp2(center_3 - center_2)[None, :]).to(DOT), k_middle, input_precision=PRECISION
-            )
-            weights = tl.where((part[:, None] > 2) & (part[None, :] == 2), between, weights)
-
-        phi *= by_part(
-            tl.exp2(center_0), tl.exp2(center_1), tl.exp2(center_2), tl.exp2(center_3), part, C // SUB
-        )
-        read = tl.dot(phi.to(DOT), tl.trans(state.to(DOT)), input_precision=PRECISION)
-        v_rows = (first_row + t0) * (V_HEADS * DV) + v_head * DV
-        values = tl.load(
-            v + v_rows + i[:, None] * (V_HEADS * DV) + column[None, :],
-            mask=(t0 + i < stop)[:, None] & (column[None, :] < DV),
-            other=0.0,
-        ).to(DOT)
-        read = tl.dot(weights.to(DOT), values, read, input_precision=PRECISION)
-        if NORMALIZE:
-            sums_of_weights = tl.sum(weights, axis=1) + tl.sum(phi * normaliser[None, :], axis=1)
-            read = read * (1.0 / (sums_of_weights + eps))[:, None]
-            if SAVE_SUMS and block == 0:
-                tl.store(
-                    weight_sums + (first_row + t0) * H + head + i * H, sums_of_weights, mask=t0 + i < stop
-                )
-        tl.store(
-            output
-            + (first_row + t0) * (H * DV) + head * DV
-            + i[:, None] * (H * DV) + column[None, :],
-            read.to(output.dtype.element_ty),
-            mask=(t0 + i < stop)[:, None] & (column[None, :] < DV),
-        )  # fmt: skip
-
-        through = tl.exp2(total)
-        state = tl.dot(tl.trans(values), k_end, state * through[None, :], input_precision=PRECISION)
-        normaliser = normaliser * through + k_sum

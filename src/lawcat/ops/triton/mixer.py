@@ -210,15 +210,16 @@ def states_before_segments(plan: Plan, sums: Tensor) -> tuple[Tensor, Tensor, Te
     states = allocate((plan.all_segments, n, values, width), **options)
     normalisers = allocate((plan.all_segments, n, width), **options)
     decays = allocate((plan.all_segments, n, width), **options)
+    strongest = allocate((plan.all_segments, n), **options)
     launch(
         state_kernel, plan.all_segments * n * shape["V_BLOCKS"],
         inputs.k, inputs.v, sums, inputs.k_taps, inputs.k_before, inputs.map_weight, inputs.keep, plan.table,
-        states, normalisers, decays, *plan.size,
+        states, normalisers, decays, strongest, *plan.size,
         **shape, **configuration.state.options(),
     )  # fmt: skip
     final = allocate((plan.num_sequences, n, width, values + 1), **options)
     scan(plan, states, normalisers, decays, inputs.initial_state, final, reverse=False)
-    return states, normalisers, decays, final
+    return states, normalisers, strongest, final
 
 
 def scan(
@@ -250,7 +251,7 @@ def forward(plan: Plan, *, save_sums: bool = False) -> dict[str, Tensor | None]:
     q, v = inputs.q, inputs.v
     batch, tokens, heads = q.shape[:3]
     sums = decay_sums(plan)
-    states, normalisers, _, final = states_before_segments(plan, sums)
+    states, normalisers, strongest, final = states_before_segments(plan, sums)
     output = allocate((batch, tokens, heads, v.shape[3]), dtype=v.dtype, device=v.device)
     weight_sums = None
     if save_sums and plan.options.normalize:
@@ -258,7 +259,7 @@ def forward(plan: Plan, *, save_sums: bool = False) -> dict[str, Tensor | None]:
     launch(
         output_kernel, plan.all_segments * heads * plan.shape["V_BLOCKS"],
         q, inputs.k, v, sums, inputs.q_taps, inputs.k_taps, inputs.q_before, inputs.k_before,
-        inputs.map_weight, inputs.keep, plan.table, states, normalisers, output, weight_sums,
+        inputs.map_weight, inputs.keep, plan.table, states, normalisers, strongest, output, weight_sums,
         *plan.size, plan.options.eps,
         H=heads, SUB=configuration.sub_block, NORMALIZE=plan.options.normalize,
         SAVE_SUMS=weight_sums is not None,
