@@ -321,7 +321,7 @@ def _room(length: int) -> int:
 
 
 def _simulate(
-    qa: BabiTask, rng: random.Random, split: Split, most_lines: int | None, max_stories: int = 2_000
+    qa: BabiTask, rng: random.Random, split: Split, most_lines: int | None, max_stories: int = 1_000
 ) -> _Question:
     for _ in range(max_stories):
         story = simulate_story(qa, rng)
@@ -438,11 +438,11 @@ def _noise_sentences(
         window = text[position : position + 5 * left + 1_000]
         at_end = position + len(window) >= len(text)
         spans = _sentence_spans(window)
-        first, last = int(is_cut), len(spans) - int(not at_end)
-        whole = spans[first:last]
+        # The last sentence goes on after the window and begins the next; one longer than a window is cut.
+        is_long = len(spans) < 2 and not at_end
+        whole = spans[int(is_cut) : len(spans) if at_end or is_long else -1]
         counts = _count_pieces(tokenizer, [window[begin:end] for begin, end in whole])
-        # The last sentence may go on after the window: it begins the next, unless it is all there is.
-        step = spans[last][0] if whole and not at_end else len(window)
+        step = len(window) if at_end or is_long else spans[-1][0]
         for (begin, end), tokens in zip(whole, counts, strict=True):
             if tokens < MIN_SENTENCE_TOKENS:
                 continue
@@ -455,7 +455,7 @@ def _noise_sentences(
             left, step = 0, end
             break
         passed += step
-        position, is_cut = (0, False) if at_end else (position + step, not whole)
+        position, is_cut = (0, False) if at_end else (position + step, is_long)
         if not kept and left and passed >= 2 * len(text):
             raise DataError(
                 f"The text for noise has no sentence of {MIN_SENTENCE_TOKENS} tokens or more. Give prose."

@@ -1,0 +1,391 @@
+"""BABILong: the prompts and the metric of the benchmark, and facts scattered over noise."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import time
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+from lawcat.errors import ConfigurationError, DataError
+from lawcat.tasks import Sample, TextSource, babilong_training_pair, builtin_source, encode_pair, get_task
+from lawcat.tasks.babi import BABI_TASKS, parse_fact
+from lawcat.tasks.babi_solver import solve
+from lawcat.tasks.babilong import babilong_prompt
+from lawcat.tasks.haystack import NOISE_SENTENCE
+
+TASKS = [get_task(f"babilong_{qa}") for qa in BABI_TASKS]
+QA1, QA2, QA3, QA4, QA5 = TASKS
+EXCERPT = Path(__file__).parent / "babilong_metric.jsonl"
+SHARED = Path(__file__).parents[3] / "shared/data"
+
+
+def context_of(prompt: str) -> str:
+    return prompt.rsplit("<context>\n", 1)[1].rsplit("\n</context>", 1)[0]
+
+
+def facts_in(context: str) -> list[str]:
+    """Return the facts, found by their form among the noise."""
+    found = []
+    for piece in re.findall(
+        r"[A-Z][a-z]+ (?:[a-z]+ )+(?:the )?[a-z]+(?: to [A-Z][a-z]+)?(?: there)?\.", context
+    ):
+        try:
+            parse_fact(piece)
+        except DataError:
+            continue
+        found.append(piece)
+    return found
+
+
+def test_the_prompt_is_the_benchmarks():
+    assert babilong_prompt("qa2", "John went to the office.", "Where is the milk? ") == (
+        "I give you context with the facts about locations and actions of different persons hidden in some "
+        "random text and a question.You need to answer the question based only on the information from the "
+        "facts.\nIf a person got an item in the first location and travelled to the second location the item "
+        "is also in the second location. If a person dropped an item in the first location and moved to the "
+        "second location the item remains in the first location.\n\n<example>\nCharlie went to the kitchen. "
+        "Charlie got a bottle. Charlie moved to the balcony. Where is the bottle?\nAnswer: The bottle is in "
+        "the balcony.\n</example>\n<example>\nAlan moved to the garage. Alan got a screw driver. Alan moved "
+        "to the kitchen. Where is the screw driver?\nAnswer: The screw driver is in the kitchen.\n</example>"
+        "\n\nAlways return your answer in the following format: The ’item’ is in ’location’. Do not write "
+        "anything else after that.\n\n<context>\nJohn went to the office.\n</context>\n\n"
+        "Question: Where is the milk?"
+    )
+    for qa in BABI_TASKS:
+        assert babilong_prompt(qa, "{x}", "Q?").endswith("<context>\n{x}\n</context>\n\nQuestion: Q?")
+
+
+def test_the_prompts_are_those_of_the_repository():
+    path = SHARED / "babilong/prompts_qa1-5.json"
+    if not path.is_file():
+        pytest.skip("BABILong's prompts are not at hand")
+    given = json.loads(path.read_text(encoding="utf-8"))
+    for qa in BABI_TASKS:
+        parts = given["prompts"][qa]
+        expected = given["template"].format(context="C", question="Q", **parts)
+        assert babilong_prompt(qa, "C", "Q") == expected
+
+
+def wrong_verdicts(path):
+    wrong, seen = [], []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        task = get_task(f"babilong_{row['task']}")
+        sample = Sample(task.name, 0, 0, 0, "", (row["target"],), 20, 1, None, {"question": row["question"]})
+        verdict = task.score(sample, row["output"])["accuracy"]
+        seen.append(verdict)
+        if bool(verdict) != row["correct"]:
+            wrong.append(row)
+        # Stopping as soon as it is said that one may never changes the verdict.
+        output = row["output"]
+        end = next((n for n in range(len(output)) if task.is_answered(sample, output[:n])), len(output))
+        if task.score(sample, output[:end])["accuracy"] != verdict:
+            wrong.append({**row, "end": end})
+    return wrong, seen
+
+
+def test_the_metric_on_real_answers():
+    wrong, seen = wrong_verdicts(EXCERPT)
+    assert not wrong
+    assert 10 < sum(seen) < len(seen) - 10
+
+
+def test_the_metric_on_all_real_answers_at_hand():
+    path = SHARED / "babilong/metric_golden.jsonl"
+    if not path.is_file():
+        pytest.skip("BABILong's real answers are not at hand")
+    wrong, seen = wrong_verdicts(path)
+    assert not wrong
+    assert len(seen) == 1500
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "over"),
+    [
+        (" in the Office", True, False),
+        (" in the office.", True, True),
+        (" in the office. Or the garden", True, True),
+        (" in the office or the garden", False, True),
+        (" in the office<example>garden", True, True),
+        (" from the kitchen to the office", True, False),
+        (" in the hall", False, False),
+        ("", False, False),
+        (".office", False, True),
+        ("office\nQuestion: Where? garden", False, True),
+    ],
+)
+def test_the_metric(text, right, over):
+    question = {"question": "Where was the milk before the kitchen?"}
+    sample = Sample("babilong_qa3", 0, 0, 0, "", ("office",), 20, 1, None, question)
+    assert QA3.score(sample, text) == {"accuracy": float(right)}
+    assert QA3.is_answered(sample, text) is over
+
+
+def test_people_and_objects_are_labels_of_qa5():
+    sample = Sample("babilong_qa5", 0, 0, 0, "", ("Jeff",), 20, 1, None, {"question": "Who gave the milk?"})
+    assert QA5.score(sample, "Answer: JEFF gave the milk")["accuracy"] == 1
+    assert QA5.score(sample, "Answer: Jeff gave it to Bill")["accuracy"] == 0
+    assert QA5.score(sample, "Answer: Jeff in the office")["accuracy"] == 1
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("length", [0, 1000, 2048])
+def test_facts_keep_their_order_and_answer_the_question(tokenizer, task, length):
+    for index in range(4):
+        made = task.generate(tokenizer, length, index, 0)
+        context = context_of(made.prompt)
+        facts = facts_in(context)
+        assert len(facts) == made.metadata["facts"]
+        solution = solve(facts, made.metadata["question"])
+        assert (solution.answer,) == made.answers
+        assert made.prompt.endswith(f"Question: {made.metadata['question']}")
+        assert made.num_tokens == len(tokenizer(made.prompt).input_ids)
+        assert made.max_new_tokens == 20
+        first = facts[min(solution.supports)]
+        assert any(
+            context.startswith(first, m.start()) and m.start() / len(context) == made.depth
+            for m in re.finditer(re.escape(first), context)
+        )
+        if length == 0:
+            assert context == " ".join(facts)
+        else:
+            assert len(facts) + 1 <= (length - 300) // 8
+            tokens = len(tokenizer(f" {context}", add_special_tokens=False).input_ids)
+            assert length - 300 - 6 <= tokens <= length - 300 + 6
+
+
+def test_noise_is_sentences_of_the_text_in_their_order(tokenizer):
+    text = " ".join(
+        f"Mr. Number {n} went down to the river and said nothing at all today." for n in range(900)
+    )
+    made = QA1.generate(tokenizer, 2048, 1, 0, noise=TextSource("rivers", text))
+    rest = context_of(made.prompt)
+    for fact in facts_in(rest):
+        rest = rest.replace(fact, "", 1)
+    # Untrained, so that "Mr." ends a sentence; that is shorter than ten tokens and left out.
+    assert "Mr." not in rest
+    numbers = [int(number) for number in re.findall(r"Number (\d+) went", rest)]
+    assert len(numbers) > 30
+    assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    assert made.metadata["noise_sentences"] in (len(numbers), len(numbers) + 1)
+    starts = {context_of(QA1.generate(tokenizer, 2048, n, 0).prompt)[-200:] for n in range(5)}
+    assert len(starts) == 5
+
+
+def test_facts_are_spread_over_all_of_the_noise(tokenizer):
+    places = []
+    for index in range(60):
+        context = context_of(QA2.generate(tokenizer, 1500, index, 0).prompt)
+        facts = facts_in(context)
+        places += [context.index(fact) / len(context) for fact in facts]
+    assert mean(places) == pytest.approx(0.47, abs=0.05)
+    assert {int(10 * place) for place in places} == set(range(10))
+
+
+def test_a_short_text_comes_round_again(tokenizer):
+    source = TextSource("short", "Nothing of any importance ever happens in this little town. " * 20)
+    made = QA1.generate(tokenizer, 2000, 0, 0, noise=source)
+    assert made.metadata["haystack_repeats"] > 2
+    assert QA1.generate(tokenizer, 2000, 0, 0).metadata["haystack_repeats"] == 0
+    noisy = QA1.generate(tokenizer, 1000, 0, 0, noise="noise")
+    assert noisy.prompt.count(NOISE_SENTENCE) >= 8
+    for text in ("", "Short. " * 500, "word"):
+        with pytest.raises(DataError, match="no sentence of 10 tokens"):
+            QA1.generate(tokenizer, 1000, 0, 0, noise=TextSource("bad", text))
+
+
+def test_texts_are_named_in_the_options():
+    options = QA1.resolve_options({})
+    assert options["noise"].name == builtin_source().name
+    assert (options["babi"], options["length_tokenizer"]) == (None, None)
+
+
+def test_same_arguments_same_sample(tokenizer):
+    one = QA2.generate(tokenizer, 1000, 3, 5)
+    assert one == QA2.generate(tokenizer, 1000, 3, 5)
+    prompts = {QA2.generate(tokenizer, 0, index, seed).prompt for index in range(4) for seed in range(4)}
+    assert len(prompts) == 16
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_training_never_sees_a_question_of_evaluation(tokenizer, task):
+    # The stories of qa1 and qa4 are so short that other seeds alone would often make the same.
+    def asked(split):
+        made = [task.generate(tokenizer, 0, index, 0, split=split) for index in range(150)]
+        return {context_of(one.prompt) + one.metadata["question"] for one in made}
+
+    assert not asked("evaluation") & asked("train")
+
+
+def test_what_a_length_holds(tokenizer):
+    for length in (-1, 1, 300, 323, True, 2.5):
+        with pytest.raises((DataError, ConfigurationError), match=r"at least (324|1)"):
+            QA1.generate(tokenizer, length, 0, 0)
+    assert QA1.generate(tokenizer, 324, 0, 0).metadata["facts"] == 2
+    with pytest.raises(DataError, match="stories of qa3 none is as short as the 3 lines"):
+        QA3.generate(tokenizer, 324, 0, 0)
+    short = [QA3.generate(tokenizer, 600, index, 0).metadata["facts"] for index in range(10)]
+    assert max(short) < 37
+
+
+def test_published_files(tokenizer, tmp_path):
+    text = "".join(
+        f"1 Mary went to the {place}.\n2 John went to the office.\n3 Where is Mary? \t{place}\t1\n"
+        for place in ("garden", "kitchen", "hallway")
+    )
+    (tmp_path / "qa1_single_train.txt").write_text(text, encoding="utf-8")
+    folder = str(tmp_path)
+    made = [QA1.generate(tokenizer, 0, index, 0, babi=folder) for index in range(3)]
+    assert sorted(one.answers[0] for one in made) == ["garden", "hallway", "kitchen"]
+    assert made[0].metadata["stories"] == "qa1_single_train.txt"
+    assert "qa1_single_train.txt" in str(QA1.resolve_options({"babi": folder})["babi"].describe())
+    resolved = QA1.resolve_options({"babi": folder})
+    assert QA1.generate(tokenizer, 0, 1, 0, **resolved) == made[1]
+    orders = {
+        tuple(QA1.generate(tokenizer, 0, i, seed, babi=folder).answers[0] for i in range(3))
+        for seed in range(9)
+    }
+    assert len(orders) > 1
+    with pytest.raises(DataError, match=r"has 3 questions for this length, and sample 4 was asked for"):
+        QA1.generate(tokenizer, 0, 3, 0, babi=folder)
+    with pytest.raises(ConfigurationError, match="for evaluation"):
+        QA1.generate(tokenizer, 0, 0, 0, babi=folder, split="train")
+    with pytest.raises(DataError, match=r"holds no qa2_\*_train.txt"):
+        QA2.generate(tokenizer, 0, 0, 0, babi=folder)
+
+
+def test_all_published_questions(tokenizer):
+    folder = SHARED / "babi/en-1k"
+    if not folder.is_dir():
+        pytest.skip("the published bAbI files are not at hand")
+    # The benchmark keeps 862 of 1,000 questions of qa3 at 1K, of other stories.
+    for count in (845, 900):
+        try:
+            QA3.generate(tokenizer, 1000, count, 0, babi=str(folder))
+        except DataError as error:
+            kept = int(re.search(r"has (\d+) questions", str(error)).group(1))
+            assert count == 900
+            assert kept == pytest.approx(868, abs=8)
+        else:
+            assert count == 845
+    options = QA2.resolve_options({"babi": folder})
+    made = [QA2.generate(tokenizer, 0, index, 0, **options) for index in range(1000)]
+    rule = mean(QA2.score(one, QA2.rule_answers(one)["last place named"])["accuracy"] for one in made)
+    assert rule == pytest.approx(0.396, abs=0.02)
+
+
+@pytest.mark.parametrize(("task", "wanted"), [(QA1, 0.546), (QA2, 0.396), (QA3, 0.342)])
+def test_the_last_place_named(tokenizer, task, wanted):
+    """As often right as on the published stories."""
+    made = [task.generate(tokenizer, 0, index, 0) for index in range(400)]
+    answers = [task.rule_answers(one) for one in made]
+    assert all(set(one) <= {"last place named"} for one in answers)
+    right = [
+        bool(answer) and task.score(one, answer["last place named"])["accuracy"] == 1
+        for one, answer in zip(made, answers, strict=True)
+    ]
+    assert mean(right) == pytest.approx(wanted, abs=0.05)
+
+
+def test_rules_look_at_the_facts_only(tokenizer):
+    lines = ["1 Mary went to the garden.", "2 John went to the office."]
+    story = "\n".join([*lines, "3 Where was the milk before the office? \tgarden\t1"])
+    noise = TextSource("n", "They all met in the kitchen of the house again. " * 30)
+    made = QA3.generate(tokenizer, 1000, 0, 0, babi=TextSource("x", story), noise=noise)
+    assert "kitchen" in context_of(made.prompt)
+    assert QA3.rule_answers(made) == {"last place named": "garden"}
+    lines = ["1 Bill gave the milk to Jeff.", "2 Who gave the milk? \tBill\t1"]
+    story = "\n".join([*lines, "3 What did Bill give to Jeff? \tmilk\t1"])
+    given = [QA5.generate(tokenizer, 0, index, 0, babi=TextSource("y", story)) for index in (0, 1)]
+    assert {tuple(QA5.rule_answers(one).items()) for one in given} == {
+        (("last person or object named", "Jeff"),),
+        (("last person or object named", "milk"),),
+    }
+
+
+@pytest.mark.parametrize("sentence", [3000, 40])
+def test_sentences_longer_than_the_window_are_cut(tokenizer, sentence):
+    noise = TextSource("long", ("and they walked on " * sentence + "home. ") * 3)
+    for index in range(4):
+        made = QA1.generate(tokenizer, 1500, index, 0, noise=noise)
+        tokens = len(tokenizer(f" {context_of(made.prompt)}", add_special_tokens=False).input_ids)
+        assert 1194 <= tokens <= 1206
+
+
+@pytest.mark.parametrize("qa", BABI_TASKS)
+def test_training_pairs(tokenizer, qa):
+    text = builtin_source().text
+    task, plain, full = get_task(f"babilong_{qa}"), 0, 0
+    for index in range(24):
+        prompt, answer = babilong_training_pair(tokenizer, 900, index, 0, qa=qa, text=text)
+        tokens, start = encode_pair(tokenizer, prompt, answer)
+        assert len(tokens) <= 900
+        assert tokenizer.decode(tokens[start:]) == answer
+        question = prompt.rsplit("Question: ", 1)[1]
+        facts = facts_in(context_of(prompt))
+        solution = solve(facts, question)
+        sample = Sample(task.name, 0, 0, 0, "", (solution.answer,), 20, 1, None, {"question": question})
+        assert task.score(sample, answer)["accuracy"] == 1
+        assert prompt == babilong_prompt(qa, context_of(prompt), question)
+        plain += context_of(prompt) == " ".join(facts)
+        full += len(tokens) > 890
+    assert plain >= 1
+    assert 6 <= full <= 20
+    again = babilong_training_pair(tokenizer, 900, 3, 0, qa=qa, text=text)
+    assert again == babilong_training_pair(tokenizer, 900, 3, 0, qa=qa, text=text)
+
+
+@pytest.mark.parametrize(
+    ("qa", "form"),
+    [
+        ("qa1", r"\nAnswer: The most recent location of [A-Z]\w+ is \w+\."),
+        ("qa2", r"\nAnswer: The (apple|football|milk) is in the \w+\."),
+        ("qa3", r"\nAnswer: Before the \w+ the (apple|football|milk) was in the \w+\."),
+        ("qa4", r"\nAnswer: [a-z]+"),
+        ("qa5", r"\nAnswer: \w+"),
+    ],
+)
+def test_training_answers_have_the_form_that_is_asked_for(tokenizer, qa, form):
+    for index in range(5):
+        assert re.fullmatch(form, babilong_training_pair(tokenizer, 900, index, 0, qa=qa)[1])
+
+
+def test_training_pairs_filled_up_or_with_little_room(tokenizer):
+    rng = random.Random(0)
+    for index in range(20):
+        tokens = rng.randint(600, 3000)
+        prompt, answer = babilong_training_pair(tokenizer, tokens, index, 0, qa="qa3", fill=True)
+        assert tokens - 12 <= len(tokenizer(prompt + answer).input_ids) <= tokens
+    with pytest.raises(DataError, match=r"100 tokens cannot hold BABILong's prompt of qa1 and a story"):
+        babilong_training_pair(tokenizer, 100, 0, 0, qa="qa1")
+    with pytest.raises(ConfigurationError, match=r"qa is 'qa6'"):
+        babilong_training_pair(tokenizer, 900, 0, 0, qa="qa6")
+
+
+def test_a_length_counted_by_another_tokenizer(tokenizer, tmp_path):
+    with pytest.raises(ConfigurationError, match=r"length_tokenizer is '.*gone', which cannot be loaded"):
+        QA1.generate(tokenizer, 1000, 0, 0, length_tokenizer=str(tmp_path / "gone"))
+    tokenizer.save_pretrained(tmp_path / "same")
+    made = QA1.generate(tokenizer, 1000, 0, 0, length_tokenizer=str(tmp_path / "same"))
+    assert made == QA1.generate(tokenizer, 1000, 0, 0)
+
+
+def test_a_tokenizer_that_puts_the_space_itself(mistral):
+    for index in range(4):
+        made = QA2.generate(mistral, 2000, index, 0)
+        tokens = len(mistral(context_of(made.prompt), add_special_tokens=False).input_ids)
+        assert tokens == pytest.approx(1700, abs=10)
+
+
+def test_making_samples_is_quick(tokenizer):
+    QA3.generate(tokenizer, 8192, 0, 0)
+    start = time.process_time()
+    for index in range(10):
+        QA3.generate(tokenizer, 8192, index, 0)
+    # 3.5 s for 100, with room for a slow machine.
+    assert time.process_time() - start < 2
