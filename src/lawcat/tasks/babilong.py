@@ -219,7 +219,7 @@ def babilong_prompt(qa: BabiTask, context: str, question: str) -> str:
         Instruction, examples, closing instruction, context and question.
 
     Example:
-        >>> babilong_prompt("qa1", "Mary went to the office.", "Where is Mary?")[-79:]
+        >>> babilong_prompt("qa1", "Mary went to the office.", "Where is Mary?")[-71:]
         '<context>\\nMary went to the office.\\n</context>\\n\\nQuestion: Where is Mary?'
     """
     prompts = _prompts()
