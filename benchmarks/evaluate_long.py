@@ -35,7 +35,7 @@ def run(
     cell = result.cells[0]
     found = cell.to_json()
     print(
-        f"{result.model} ({attention}): {found['seconds']:.1f} s for {samples} samples of "
+        f"{name} ({attention}): {found['seconds']:.1f} s for {samples} samples of "
         f"{found['mean_tokens']:.0f} tokens, {found['tokens_per_second']:.0f} tokens/s, "
         f"{sum(record.num_new_tokens for record in cell.records)} tokens said, "
         f"{(found['state_bytes'] or 0) / 1e6:.1f} MB kept of a sequence, "
