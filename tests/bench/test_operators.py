@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -28,6 +29,11 @@ from small_models import make_config
 
 CPU = torch.device("cpu")
 SHAPE = MixerShape("small", num_heads=4, num_kv_heads=2, head_dim=8, feature_dim=8)
+
+
+@pytest.fixture(autouse=True)
+def _short_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "_CHECK_TOKENS", 37)
 
 
 def inputs(shape: MixerShape = SHAPE, tokens: int = 21, dtype: torch.dtype = torch.float64) -> MixerInputs:
@@ -138,6 +144,16 @@ def test_a_wrong_gradient_gets_no_figure(monkeypatch: pytest.MonkeyPatch) -> Non
     records = measure(measurements=["forward", "forward and backward"])
     assert [record.median_s is not None for record in records] == [True, True, False, False]
     assert records[-1].reason.startswith("wrong: relative error of gradient of v 0.1")
+
+
+def test_a_form_that_falls_back_gets_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(given: MixerInputs) -> Tensor:
+        warnings.warn("no such GPU; falling back to torch", stacklevel=1)
+        return linear_reference(given)
+
+    only(monkeypatch, contender(forward))
+    reasons = {record.reason for record in measure(measurements=["forward"])}
+    assert reasons == {"no such GPU; falling back to torch"}
 
 
 def test_one_without_a_form_for_one_token_and_one_that_raises(monkeypatch: pytest.MonkeyPatch) -> None:

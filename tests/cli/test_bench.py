@@ -11,6 +11,11 @@ from typer.testing import CliRunner, Result
 from lawcat.cli.app import app
 
 
+@pytest.fixture(autouse=True)
+def _short_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lawcat.bench.operators._CHECK_TOKENS", 37)
+
+
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["bench", *(str(argument) for argument in arguments)])
 

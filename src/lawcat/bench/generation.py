@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from lawcat.bench.limits import Limits, check_arguments
 from lawcat.bench.models import Pair, Subject
-from lawcat.bench.operators import Progress, relative_error
+from lawcat.bench.operators import Progress, fallback, relative_error
 from lawcat.bench.record import Record
 from lawcat.bench.timing import Failure, Timing, failure_reason, free_memory, time_by_turns
 from lawcat.ops import use_backend
@@ -131,11 +132,12 @@ def measure(
             size = (decode_batch or batch) if measurement == "decode" else batch
             reasons = {name: reason or limits.reason(name, tokens) for name, (_, reason) in checks.items()}
             runs: dict[str, Callable[[], object]] = {}
+            contexts: dict[int, FilledLayer] = {}
             for subject in subjects:
                 if reasons[subject.name] is None:
                     try:
                         runs[subject.name] = (
-                            decoding(subject, tokens, size, device, is_chained=cuda_graphs)
+                            decoding(subject, tokens, size, device, is_chained=cuda_graphs, contexts=contexts)
                             if measurement == "decode"
                             else prefill(subject, random_tokens(subject, size, tokens, device, seed))
                         )
@@ -144,6 +146,7 @@ def measure(
                         free_memory(device)
             timings = time_by_turns(runs, device, seconds=seconds, cuda_graphs=cuda_graphs)
             runs.clear()
+            contexts.clear()
             free_memory(device)
             for subject in subjects:
                 timing = timings.get(subject.name) or Failure(reasons[subject.name] or "not run")
@@ -195,6 +198,7 @@ def decoding(
     device: torch.device,
     *,
     is_chained: bool = False,
+    contexts: dict[int, FilledLayer] | None = None,
     seed: int = 0,
 ) -> Callable[[], Tensor]:
     """Return what computes one token after a context of so many.
@@ -205,16 +209,20 @@ def decoding(
         batch: Sequences.
         device: Where.
         is_chained: Keep the state at the same addresses, as replays of a CUDA graph need.
+        contexts: Keys and values by layer, which several subjects share: they may fill half of a GPU.
         seed: Of the tokens.
     """
+    contexts = {} if contexts is None else contexts
     prompt = random_tokens(subject, batch, min(_PROMPT_TOKENS, context_tokens), device, seed)
     with torch.no_grad(), subject.running():
         cache = subject.model(prompt, use_cache=True, logits_to_keep=1).past_key_values
     for index, layer in enumerate(cache.layers):
         if getattr(layer, "keys", None) is not None:
-            size = (*layer.keys.shape[:2], context_tokens + 1, layer.keys.shape[3])
-            keys, values = (torch.randn(size, dtype=layer.keys.dtype, device=device) for _ in range(2))
-            cache.layers[index] = FilledLayer(keys, values)
+            if index not in contexts:
+                size = (*layer.keys.shape[:2], context_tokens + 1, layer.keys.shape[3])
+                keys, values = (torch.randn(size, dtype=layer.keys.dtype, device=device) for _ in range(2))
+                contexts[index] = FilledLayer(keys, values)
+            cache.layers[index] = contexts[index]
         else:
             layer.num_tokens = context_tokens
     return _stepping(subject, cache, prompt[:, -1:], is_chained)
@@ -249,7 +257,8 @@ def _check(subject: Subject, device: torch.device, seed: int) -> tuple[float | N
         return None, subject.reason
     tokens = random_tokens(subject, 2, _CHECK_TOKENS + 1, device, seed + 1)
     try:
-        with torch.no_grad():
+        with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+            warnings.simplefilter("always")
             with subject.running():
                 cache = subject.model(tokens[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
             for index, layer in enumerate(cache.layers):
@@ -263,6 +272,8 @@ def _check(subject: Subject, device: torch.device, seed: int) -> tuple[float | N
     except Exception as error:
         free_memory(device)
         return None, failure_reason(error)
+    if subject.is_ours and (text := fallback(caught)):
+        return None, text
     error_found = relative_error(actual, expected)
     tolerance = _TOLERANCES.get(expected.dtype, 1e-6)
     if not error_found <= tolerance:

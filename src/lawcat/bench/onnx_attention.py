@@ -1,4 +1,4 @@
-"""Softmax attention by ONNX Runtime on a CPU: its fused operator with grouped queries, a graph of one node."""
+"""Softmax attention by ONNX Runtime on a CPU: its fused operator with grouped queries, alone in a graph."""
 
 from __future__ import annotations
 
