@@ -151,12 +151,12 @@ class LawcatAttention(nn.Module):
                 log_decay = log_decay * keep
             near = None
             if self.window is not None:
+                rotated = self._rotate(q, k, position_embeddings)
                 decays = None if config.gate == "none" else log_decay
-                near = self.window.read(q, k, v, position_embeddings, mask, state, decays)
+                near = self.window.read(q, k, v, rotated, mask, state, decays)
                 v = near.values  # the state takes in what leaves the window
             if config.linear_rope:
-                assert position_embeddings is not None
-                q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+                q, k = self._rotate(q, k, position_embeddings) if near is None else rotated
             if keep is not None:
                 q, k = q * keep, k * keep
             k, v, log_decay = (self._repeat_to_state_heads(t) for t in (k, v, log_decay))  # (2) [B, T, N, .]
@@ -174,6 +174,13 @@ class LawcatAttention(nn.Module):
             if state is not None:
                 state.store(after, q_inputs, k_inputs, num_tokens=x.shape[1])
         return output
+
+    def _rotate(
+        self, q: Tensor, k: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        assert position_embeddings is not None
+        rotated: tuple[Tensor, Tensor] = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+        return rotated
 
     def _log_decay(self, x: Tensor) -> Tensor:
         if self.config.gate == "none":
@@ -196,7 +203,9 @@ class LawcatAttention(nn.Module):
     def _leave_window(self, features: Tensor, near: Near, state: LinearAttentionState | None) -> Tensor:
         """Return the features [B, T, N, F] that leave the window as those given come."""
         assert self.window is not None
-        leaving = self.window.leave(features * near.enters, state)
+        if near.enters is not None:
+            features = features * near.enters
+        leaving = self.window.leave(features, state)
         if near.log_decay is None:
             return leaving
         return leaving * self._repeat_to_state_heads(near.log_decay.exp())
@@ -238,7 +247,8 @@ class LawcatAttention(nn.Module):
         """Return the teacher's softmax attention over window and sinks, before ``o_proj`` [B, T, H, D]."""
         assert self.window is not None
         with without_autocast(q):
-            sums = self.window.read(q, k, v, position_embeddings, mask, state).sums
+            rotated = self._rotate(q, k, position_embeddings)
+            sums = self.window.read(q, k, v, rotated, mask, state).sums
             if state is not None:
                 state.count(q.shape[1])
             # The largest weight is 1, but for tokens of padding, which see nothing.

@@ -32,13 +32,13 @@ class Near(NamedTuple):
         sums: Over the window's tokens and the sinks.
         values: Those that leave the window as each token comes [B, T, G, D].
         enters: Which of the T tokens enter the state when they leave [B, T, 1, 1], 1 or 0: neither padding
-            nor sinks.
+            nor sinks. None where all do.
         log_decay: What decays them on their way through the window [B, T, G, W]; None without a gate.
     """
 
     sums: Sums
     values: Tensor
-    enters: Tensor
+    enters: Tensor | None
     log_decay: Tensor | None
 
 
@@ -86,7 +86,7 @@ class SlidingWindow(nn.Module):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        positions: tuple[Tensor, Tensor] | None,
+        rotated: tuple[Tensor, Tensor],
         mask: Tensor | None,
         state: SlidingWindowState | None,
         log_decay: Tensor | None = None,
@@ -97,12 +97,11 @@ class SlidingWindow(nn.Module):
             q: The teacher's queries [B, T, H, D], without rotary embedding.
             k: Its keys [B, T, G, D].
             v: Its values [B, T, G, D].
-            positions: cos and sin of the rotary embedding.
+            rotated: q and k with rotary embedding.
             mask: [B, past + T] or [B, T], 1 for tokens and 0 for padding; None without padding.
             state: What came before, or None.
             log_decay: Of the gate [B, T, G, W], where there is one and a state that it decays.
         """
-        assert positions is not None
         batch, tokens = q.shape[:2]
         is_real = torch.ones(batch, tokens, dtype=torch.bool, device=q.device)
         if mask is not None:
@@ -110,7 +109,7 @@ class SlidingWindow(nn.Module):
         enters, sinks = is_real, None
         if self.num_sinks:
             enters, sinks = self._sinks(q * self.scaling, k, v, is_real, state)
-        q, k = apply_rotary_pos_emb(q, k, *positions, unsqueeze_dim=2)
+        q, k = rotated
         held: tuple[Tensor | None, ...] = (None, None, None)
         if state is not None:
             held = (state.window_keys, state.window_values, state.window_is_visible)
@@ -127,7 +126,10 @@ class SlidingWindow(nn.Module):
             factor = at_least_float32(self.scale).sigmoid()[:, None]
             sums = Sums(sums.numerator * factor, sums.denominator * factor)
         decay = None if log_decay is None else self._decay(log_decay, state)
-        return Near(sums, values[:, :tokens], enters[:, :, None, None].to(sums.numerator.dtype), decay)
+        enters_state = None
+        if mask is not None or sinks is not None:
+            enters_state = enters[:, :, None, None].to(sums.numerator.dtype)
+        return Near(sums, values[:, :tokens], enters_state, decay)
 
     def _sinks(
         self, q: Tensor, k: Tensor, v: Tensor, is_real: Tensor, state: SlidingWindowState | None

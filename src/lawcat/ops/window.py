@@ -19,8 +19,11 @@ from .backend import choose_backend, gated_linear_attention
 from .precision import at_least_float32
 from .step import gated_linear_attention_step
 
-# Longer inputs are taken in segments: the temporaries of about 1,000 tokens still fit in a core's cache.
-_SEGMENT_TOKENS = 1024
+# Longer inputs are taken in segments of about so many scores a head: on a CPU they have to fit in its cache,
+# on other devices to keep it busy. Segments shorter than the least compute too little at a time.
+_SEGMENT_SCORES = {"cpu": 2**15}
+_SEGMENT_SCORES_ELSEWHERE = 2**20
+_MIN_SEGMENT_TOKENS = 64
 
 
 class Sums(NamedTuple):
@@ -77,8 +80,10 @@ def sliding_window_sums(
         Numerator and denominator; both 0 for a query that sees nothing.
     """
     tokens = q.shape[1]
-    # Whole blocks, so that only the last segment is filled up.
-    segment = max(_SEGMENT_TOKENS // window, 1) * window
+    segment = _SEGMENT_SCORES.get(q.device.type, _SEGMENT_SCORES_ELSEWHERE) // window
+    segment = max(segment, _MIN_SEGMENT_TOKENS)
+    if segment > window:  # whole blocks, so that only the last segment is filled up
+        segment -= segment % window
     parts = []
     for start in range(0, tokens, segment):
         stop = min(start + segment, tokens)
