@@ -21,22 +21,24 @@ MAX_EXPONENT = tl.constexpr(57.7)
 
 @triton.jit
 def locate_segment(segment, tokens, num_segments, segment_tokens, table, PACKED: tl.constexpr):
-    """Return the row of the sequence's first token, the segment's first and last+1 token, and the sequence.
+    """Return the sequence's first row, the segment's start and stop, the sequence, and its length.
 
-    Tokens are counted from the start of their sequence. ``table`` has a row of these four for each segment of
-    a packed batch; else all sequences have the same length and the same segments.
+    Start and stop are counted from the start of the sequence. ``table`` has a row of these five for each
+    segment of a packed batch; else all sequences have the same length and the same segments.
     """
     if PACKED:
-        first_row = tl.load(table + segment * 4).to(tl.int64)
-        start = tl.load(table + segment * 4 + 1)
-        stop = tl.load(table + segment * 4 + 2)
-        sequence = tl.load(table + segment * 4 + 3)
+        first_row = tl.load(table + segment * 5).to(tl.int64)
+        start = tl.load(table + segment * 5 + 1)
+        stop = tl.load(table + segment * 5 + 2)
+        sequence = tl.load(table + segment * 5 + 3)
+        length = tl.load(table + segment * 5 + 4)
     else:
         sequence = segment // num_segments
         start = (segment % num_segments) * segment_tokens
         stop = tl.minimum(start + segment_tokens, tokens)
         first_row = sequence.to(tl.int64) * tokens
-    return first_row, start, stop, sequence
+        length = tokens
+    return first_row, start, stop, sequence, length
 
 
 @triton.jit
@@ -90,14 +92,53 @@ def load_rows(
 
 
 @triton.jit
+def store_rows(
+    x, tile, first_row, t0, stop, head,
+    HEADS: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Write a tile [C, WP] to x[t0 : t0 + C, head], but for tokens at ``stop`` or after."""
+    i = tl.arange(0, C)
+    w = tl.arange(0, WP)
+    base = x + (first_row + t0) * (HEADS * W) + head * W
+    tl.store(
+        base + i[:, None] * (HEADS * W) + w[None, :],
+        tile.to(x.dtype.element_ty),
+        mask=(t0 + i < stop)[:, None] & (w[None, :] < W),
+    )
+
+
+@triton.jit
+def load_conv_inputs(
+    x, first_row, t0, stop, head, keep, before, sequence, weight_head,
+    HEADS: tl.constexpr, WEIGHT_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr,
+    TAPS: tl.constexpr, SHIFT: tl.constexpr, HAS_BEFORE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Return the inputs that lie SHIFT tokens before those of a chunk, a tile [C, DP].
+
+    ``before`` holds the TAPS - 1 inputs before the sequence.
+    """
+    rows = load_rows(x, first_row, t0, stop, head, keep, HEADS, D, DP, C, SHIFT, MASKED)
+    if HAS_BEFORE and SHIFT > 0:
+        d = tl.arange(0, DP)
+        i = TAPS - 1 + t0 + tl.arange(0, C) - SHIFT
+        base = before + sequence.to(tl.int64) * (WEIGHT_HEADS * D * (TAPS - 1)) + weight_head * D * (TAPS - 1)
+        rows += tl.load(
+            base + d[None, :] * (TAPS - 1) + i[:, None],
+            mask=((i >= 0) & (i < TAPS - 1))[:, None] & (d[None, :] < D),
+            other=0.0,
+        ).to(rows.dtype)
+    return rows
+
+
+@triton.jit
 def convolved_rows(
     x, first_row, t0, stop, head, keep, taps, before, sequence, weight_head,
     HEADS: tl.constexpr, WEIGHT_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr,
-    TAPS: tl.constexpr, TAPS_P: tl.constexpr, HAS_BEFORE: tl.constexpr, MASKED: tl.constexpr,
+    TAPS: tl.constexpr, HAS_BEFORE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Return the causal convolution of x[t0 : t0 + C, head] with a head's taps as a tile [C, DP] in float32.
 
-    TAPS of 0: x itself. ``before`` holds the TAPS - 1 inputs before the sequence.
+    TAPS of 0: x itself.
     """
     if TAPS == 0:
         y = load_rows(x, first_row, t0, stop, head, keep, HEADS, D, DP, C, 0, MASKED).to(tl.float32)
@@ -106,19 +147,10 @@ def convolved_rows(
         channel = weight_head * D + d
         y = tl.zeros([C, DP], tl.float32)
         for tap in tl.static_range(TAPS):
-            rows = load_rows(x, first_row, t0, stop, head, keep, HEADS, D, DP, C, TAPS - 1 - tap, MASKED).to(
-                tl.float32
-            )
-            if HAS_BEFORE:
-                # Token -1 is the last of the inputs before the sequence, -(TAPS - 1) the first.
-                i = TAPS - 1 + t0 + tl.arange(0, C) - (TAPS - 1 - tap)
-                earlier = (i >= 0) & (i < TAPS - 1)
-                base = before + sequence.to(tl.int64) * (WEIGHT_HEADS * D * (TAPS - 1))
-                rows += tl.load(
-                    base + channel[None, :] * (TAPS - 1) + i[:, None],
-                    mask=earlier[:, None] & (d[None, :] < D),
-                    other=0.0,
-                ).to(tl.float32)
+            rows = load_conv_inputs(
+                x, first_row, t0, stop, head, keep, before, sequence, weight_head,
+                HEADS, WEIGHT_HEADS, D, DP, C, TAPS, TAPS - 1 - tap, HAS_BEFORE, MASKED,
+            ).to(tl.float32)  # fmt: skip
             filter_tap = tl.load(taps + channel * TAPS + tap, mask=d < D, other=0.0).to(tl.float32)
             y += rows * filter_tap[None, :]
     return y
@@ -151,10 +183,42 @@ def halves_softmax(x, F: tl.constexpr, FP: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
+def load_features(
+    x, first_row, t0, stop, head,
+    HEADS: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, C: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    """Return x[t0 + SHIFT : t0 + SHIFT + C, head] as a tile of features [C, FP], zero at ``stop`` or after."""
+    i = tl.arange(0, C) + SHIFT
+    feature, is_feature = feature_columns(F, FP)
+    base = x + (first_row + t0) * (HEADS * F) + head * F
+    return tl.load(
+        base + i[:, None] * (HEADS * F) + feature[None, :],
+        mask=(t0 + i < stop)[:, None] & is_feature[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def store_features(
+    x, tile, first_row, t0, stop, head,
+    HEADS: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Write a tile of features [C, FP] to x[t0 : t0 + C, head], but for tokens at ``stop`` or after."""
+    i = tl.arange(0, C)
+    feature, is_feature = feature_columns(F, FP)
+    base = x + (first_row + t0) * (HEADS * F) + head * F
+    tl.store(
+        base + i[:, None] * (HEADS * F) + feature[None, :],
+        tile.to(x.dtype.element_ty),
+        mask=(t0 + i < stop)[:, None] & is_feature[None, :],
+    )
+
+
+@triton.jit
 def features(
     x, first_row, t0, stop, head, keep, taps, before, sequence, map_weight, weight_head,
     HEADS: tl.constexpr, WEIGHT_HEADS: tl.constexpr, D: tl.constexpr, F: tl.constexpr, DP: tl.constexpr,
-    FP: tl.constexpr, C: tl.constexpr, TAPS: tl.constexpr, TAPS_P: tl.constexpr,
+    FP: tl.constexpr, C: tl.constexpr, TAPS: tl.constexpr,
     HAS_BEFORE: tl.constexpr, MASKED: tl.constexpr,
     HAS_MAP: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -162,18 +226,13 @@ def features(
     if HAS_MAP:
         u = convolved_rows(
             x, first_row, t0, stop, head, keep, taps, before, sequence, weight_head,
-            HEADS, WEIGHT_HEADS, D, DP, C, TAPS, TAPS_P, HAS_BEFORE, MASKED,
+            HEADS, WEIGHT_HEADS, D, DP, C, TAPS, HAS_BEFORE, MASKED,
         )  # fmt: skip
         u = stay_in_layout(u, INTERPRETED)
         projected = tl.dot(u.to(map_weight.dtype), map_weight, input_precision=PRECISION)
         phi = halves_softmax(projected, F, FP, C)
     else:
-        i = tl.arange(0, C)
-        feature, is_feature = feature_columns(F, FP)
-        inside = (t0 + i < stop)[:, None] & is_feature[None, :]
-        base = x + (first_row + t0) * (HEADS * F) + head * F
-        phi = tl.load(base + i[:, None] * (HEADS * F) + feature[None, :], mask=inside, other=0.0)
-        phi = phi.to(tl.float32)
+        phi = load_features(x, first_row, t0, stop, head, HEADS, F, FP, C, 0).to(tl.float32)
     return phi
 
 
@@ -202,11 +261,7 @@ def load_decay_sums(
         feature = feature * 0
     base = sums + (first_row + t0) * (GATE_HEADS * GATE_WIDTH) + gate_head * GATE_WIDTH
     offset = i[:, None] * (GATE_HEADS * GATE_WIDTH) + feature[None, :]
-    if F == FP:
-        tile = tl.load(base + offset)
-    else:
-        tile = tl.load(base + offset, mask=is_feature[None, :], other=0.0)
-    return tile
+    return tl.load(base + offset, mask=is_feature[None, :], other=0.0)
 
 
 @triton.jit

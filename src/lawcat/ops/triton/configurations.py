@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-# Half of what a sub-block may decay, as a natural logarithm: exp(40) is far from what float32 and bfloat16
-# hold also when it is multiplied with values and summed.
-_MAX_HALF_DECAY = 40.0
-_SMALLEST_SUB_BLOCK = 16
-# A decay stronger than this a token cannot be factored over the smallest sub-block.
-STRONGEST_LOG_DECAY = -2 * _MAX_HALF_DECAY / _SMALLEST_SUB_BLOCK
+# What a sub-block may decay in all, as a natural logarithm; twice ``MAX_EXPONENT`` of ``blocks.py``.
+_MAX_SUB_BLOCK_DECAY = 79.9
+# exp(-44) = 2^-64 of a state is nothing beside what a token adds: stronger decays are taken as this, so that
+# sums over a chunk stay finite and keep the digits of the weaker ones.
+STRONGEST_LOG_DECAY = -44.0
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,12 @@ class Configuration:
 
     Attributes:
         chunk: Tokens C of a chunk.
-        sub_block: Tokens of a sub-block, a divisor of C.
+        sub_block: Tokens of a sub-block of a chunk that decays too much to be factored in one piece.
         value_block: Values a program of the output kernel computes, a power of two.
         segment: Tokens of a segment, a multiple of C: one program walks it.
         state: Of the state kernel.
         output: Of the output kernel.
+        gradient: Of the backward kernels.
     """
 
     chunk: int
@@ -53,20 +53,21 @@ class Configuration:
     segment: int
     state: Tuning
     output: Tuning
+    gradient: Tuning
 
 
 def sub_block_tokens(min_log_decay: float, chunk: int) -> int:
-    """Return the tokens of the largest sub-block over which this decay can be factored, 0 where none is.
+    """Return the tokens of the largest sub-block over which this decay can be factored.
 
     >>> sub_block_tokens(-2.5, 64), sub_block_tokens(-5.0, 64), sub_block_tokens(-0.1, 64)
-    (32, 16, 64)
+    (16, 8, 64)
+    >>> sub_block_tokens(float("-inf"), 64)
+    1
     """
-    tokens = chunk
-    while tokens >= _SMALLEST_SUB_BLOCK:
-        if -min_log_decay * tokens <= 2 * _MAX_HALF_DECAY:
-            return tokens
+    lowest, tokens = max(min_log_decay, STRONGEST_LOG_DECAY), chunk
+    while tokens > 1 and -lowest * tokens > _MAX_SUB_BLOCK_DECAY:
         tokens //= 2
-    return 0
+    return tokens
 
 
 @functools.lru_cache(maxsize=256)
@@ -87,7 +88,7 @@ def choose_configuration(
         dtype: Of q, k and v.
         tokens: Of the longest sequence.
         states: Sequences times state heads: programs of one segment.
-        min_log_decay: The bound of the log-decays, not below ``STRONGEST_LOG_DECAY``.
+        min_log_decay: The bound of the log-decays.
         processors: Multiprocessors of the device.
     """
     wide = max(padded_width(feature_dim), padded_width(value_dim))
@@ -108,6 +109,7 @@ def choose_configuration(
         segment=segment,
         state=Tuning(warps),
         output=Tuning(warps),
+        gradient=Tuning(warps),
     )
 
 

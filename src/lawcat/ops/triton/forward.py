@@ -5,10 +5,10 @@ of the product that adds to the state, which goes to shared memory once, in bflo
 
 A sequence is cut into segments and these into chunks of C tokens. What a token of a chunk weighs is
 ``sum_f q_if k_jf 2^(b_if - b_jf)``, b being the sums of log-decays since the chunk's start. It is a product
-of ``q 2^(b - r)`` and ``k 2^(r - b)``, r being half of the chunk's sum: then q decayed from the chunk's start,
-k decayed to its end and both these factors differ by ``2^r`` alone. Where a channel decays so much in a
-chunk that a factor would be too large, the chunk takes a slower path: its keys come in sub-blocks of SUB
-tokens, each with an r of its own. Whether it does is seen from the numbers, chunk by chunk.
+of ``q 2^(b - r)`` and ``k 2^(r - b)``, r being half of the chunk's sum: q decayed from the chunk's start and
+k decayed to its end differ from these by ``2^r`` alone. Where a channel decays so much in a chunk that a
+factor would be too large, the segment takes a slower path: keys come in sub-blocks of SUB tokens, each with an
+r of its own. Whether it does is seen from the numbers, segment by segment.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
@@ -68,7 +68,9 @@ def gate_kernel(
     program = tl.program_id(0)
     head = program % GATE_HEADS
     segment = program // (GATE_HEADS * num_chunks)
-    first_row, start, stop, _ = locate_segment(segment, tokens, num_segments, segment_tokens, table, PACKED)
+    first_row, start, stop, _, _ = locate_segment(
+        segment, tokens, num_segments, segment_tokens, table, PACKED
+    )
     t0 = start + (program // GATE_HEADS) % num_chunks * C
     x = log2_decay(
         gate, first_row, t0, stop, head, keep, divisor, lowest,
@@ -88,7 +90,7 @@ def state_kernel(
     tokens, num_segments, segment_tokens,
     K_HEADS: tl.constexpr, V_HEADS: tl.constexpr, GATE_HEADS: tl.constexpr, GATE_WIDTH: tl.constexpr,
     N: tl.constexpr, D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, FP: tl.constexpr,
-    BV: tl.constexpr, V_BLOCKS: tl.constexpr, C: tl.constexpr, TAPS: tl.constexpr, TAPS_P: tl.constexpr,
+    BV: tl.constexpr, V_BLOCKS: tl.constexpr, C: tl.constexpr, TAPS: tl.constexpr,
     HAS_BEFORE: tl.constexpr, HAS_MAP: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -97,7 +99,7 @@ def state_kernel(
     block = program % V_BLOCKS
     n = (program // V_BLOCKS) % N
     segment = program // (V_BLOCKS * N)
-    first_row, start, stop, sequence = locate_segment(
+    first_row, start, stop, sequence, _ = locate_segment(
         segment, tokens, num_segments, segment_tokens, table, PACKED
     )
     k_head = n // (N // K_HEADS)
@@ -118,7 +120,7 @@ def state_kernel(
     for t0 in range(start, stop, C):
         phi = features(
             k, first_row, t0, stop, k_head, keep, k_taps, k_before, sequence, weight, n,
-            K_HEADS, N, D, F, DP, FP, C, TAPS, TAPS_P, HAS_BEFORE, MASKED, HAS_MAP, PRECISION, INTERPRETED,
+            K_HEADS, N, D, F, DP, FP, C, TAPS, HAS_BEFORE, MASKED, HAS_MAP, PRECISION, INTERPRETED,
         )  # fmt: skip
         phi = without_padding(phi, first_row, t0, stop, keep, C, MASKED)
         b = load_decay_sums(sums, first_row, t0, stop, gate_head, GATE_HEADS, GATE_WIDTH, F, FP, C)
@@ -139,7 +141,8 @@ def state_kernel(
         decay += total
         strongest_decay = tl.minimum(strongest_decay, total)
 
-    row = segment.to(tl.int64) * N + n
+    # A sequence has a row more than segments: the state after the last.
+    row = (segment + sequence).to(tl.int64) * N + n
     tl.store(
         states + row * (F * DV) + column[:, None] * F + feature[None, :],
         state,
@@ -160,7 +163,8 @@ def scan_kernel(
 ):  # fmt: skip
     """Turn what each segment adds into the state before it (after it, in REVERSE), in place.
 
-    One program a sequence, head and block of the state. The last state goes to ``final``.
+    One program a sequence, head and block of the state. The last state goes to ``final``, and forward also to
+    the row after those of the segments.
     """
     program = tl.program_id(0)
     v_block = program % V_BLOCKS
@@ -170,8 +174,9 @@ def scan_kernel(
     if PACKED:
         first = tl.load(ranges + sequence)
         count = tl.load(ranges + sequence + 1) - first
+        first += sequence
     else:
-        first = sequence * num_segments
+        first = sequence * (num_segments + 1)
         count = num_segments
     f = f_block * BF + tl.arange(0, BF)
     column = v_block * BV + tl.arange(0, BV)
@@ -201,6 +206,11 @@ def scan_kernel(
     tl.store(final + ends + f[None, :] * (DV + 1) + column[:, None], state, mask=inside)
     if v_block == 0:
         tl.store(final + ends + f * (DV + 1) + DV, normaliser, mask=f < F)
+    if not REVERSE:
+        row = (first + count).to(tl.int64) * N + n
+        tl.store(states + row * (F * DV) + column[:, None] * F + f[None, :], state, mask=inside)
+        if v_block == 0:
+            tl.store(normalisers + row * F + f, normaliser, mask=f < F)
 
 
 @triton.jit
@@ -209,7 +219,7 @@ def by_sub_blocks(
     q_before, k_before, sequence, weight, n, total,
     H: tl.constexpr, K_HEADS: tl.constexpr, N: tl.constexpr, GATE_HEADS: tl.constexpr,
     GATE_WIDTH: tl.constexpr, D: tl.constexpr, F: tl.constexpr, DP: tl.constexpr, FP: tl.constexpr,
-    C: tl.constexpr, SUB: tl.constexpr, TAPS: tl.constexpr, TAPS_P: tl.constexpr,
+    C: tl.constexpr, SUB: tl.constexpr, TAPS: tl.constexpr,
     HAS_BEFORE: tl.constexpr, MASKED: tl.constexpr, HAS_MAP: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -221,12 +231,12 @@ def by_sub_blocks(
     b = load_decay_sums(sums, first_row, t0, stop, gate_head, GATE_HEADS, GATE_WIDTH, F, FP, C)
     phi_k = features(
         k, first_row, t0, stop, k_head, keep, k_taps, k_before, sequence, weight, n,
-        K_HEADS, N, D, F, DP, FP, C, TAPS, TAPS_P, HAS_BEFORE, MASKED, HAS_MAP, PRECISION, INTERPRETED,
+        K_HEADS, N, D, F, DP, FP, C, TAPS, HAS_BEFORE, MASKED, HAS_MAP, PRECISION, INTERPRETED,
     )  # fmt: skip
     phi_k = without_padding(phi_k, first_row, t0, stop, keep, C, MASKED)
     phi_q = features(
         q, first_row, t0, stop, head, keep, q_taps, q_before, sequence, weight, head,
-        H, H, D, F, DP, FP, C, TAPS, TAPS_P, HAS_BEFORE, MASKED, HAS_MAP, PRECISION, INTERPRETED,
+        H, H, D, F, DP, FP, C, TAPS, HAS_BEFORE, MASKED, HAS_MAP, PRECISION, INTERPRETED,
     )  # fmt: skip
     weights = tl.zeros([C, C], tl.float32)
     before = tl.zeros([FP], tl.float32)
@@ -250,7 +260,7 @@ def output_chunk(
     H: tl.constexpr, K_HEADS: tl.constexpr, V_HEADS: tl.constexpr, GATE_HEADS: tl.constexpr,
     GATE_WIDTH: tl.constexpr, N: tl.constexpr, D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr,
     DP: tl.constexpr, FP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr,
-    TAPS: tl.constexpr, TAPS_P: tl.constexpr, HAS_BEFORE: tl.constexpr, HAS_MAP: tl.constexpr,
+    TAPS: tl.constexpr, HAS_BEFORE: tl.constexpr, HAS_MAP: tl.constexpr,
     MASKED: tl.constexpr, NORMALIZE: tl.constexpr, SAVE_SUMS: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, SLOW: tl.constexpr,
 ):  # fmt: skip
@@ -263,7 +273,7 @@ def output_chunk(
         q_start, k_end, weights = by_sub_blocks(
             q, k, sums, first_row, t0, stop, last, head, k_head, gate_head, keep, q_taps, k_taps,
             q_before, k_before, sequence, weight, n, total,
-            H, K_HEADS, N, GATE_HEADS, GATE_WIDTH, D, F, DP, FP, C, SUB, TAPS, TAPS_P, HAS_BEFORE,
+            H, K_HEADS, N, GATE_HEADS, GATE_WIDTH, D, F, DP, FP, C, SUB, TAPS, HAS_BEFORE,
             MASKED, HAS_MAP, DOT, PRECISION, INTERPRETED,
         )  # fmt: skip
     else:
@@ -273,17 +283,15 @@ def output_chunk(
 
         phi = features(
             k, first_row, t0, stop, k_head, keep, k_taps, k_before, sequence, weight, n,
-            K_HEADS, N, D, F, DP, FP, C, TAPS, TAPS_P, HAS_BEFORE, MASKED, HAS_MAP, PRECISION, INTERPRETED,
+            K_HEADS, N, D, F, DP, FP, C, TAPS, HAS_BEFORE, MASKED, HAS_MAP, PRECISION, INTERPRETED,
         )  # fmt: skip
         phi = without_padding(phi, first_row, t0, stop, keep, C, MASKED) * tl.exp2(-b)
         k_middle = phi.to(DOT)
-        phi *= half[None, :]
-        k_end = phi.to(DOT)
-        k_sum = tl.sum(phi, axis=0)
+        k_end = (phi * half[None, :]).to(DOT)
 
         phi = features(
             q, first_row, t0, stop, head, keep, q_taps, q_before, sequence, weight, head,
-            H, H, D, F, DP, FP, C, TAPS, TAPS_P, HAS_BEFORE, MASKED, HAS_MAP, PRECISION, INTERPRETED,
+            H, H, D, F, DP, FP, C, TAPS, HAS_BEFORE, MASKED, HAS_MAP, PRECISION, INTERPRETED,
         )  # fmt: skip
         phi = stay_in_layout(phi * tl.exp2(b), INTERPRETED)
         weights = tl.dot(phi.to(DOT), tl.trans(k_middle), input_precision=PRECISION)
@@ -326,7 +334,7 @@ def output_kernel(
     H: tl.constexpr, K_HEADS: tl.constexpr, V_HEADS: tl.constexpr, GATE_HEADS: tl.constexpr,
     GATE_WIDTH: tl.constexpr, N: tl.constexpr, D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr,
     DP: tl.constexpr, FP: tl.constexpr, BV: tl.constexpr, V_BLOCKS: tl.constexpr, C: tl.constexpr,
-    SUB: tl.constexpr, TAPS: tl.constexpr, TAPS_P: tl.constexpr,
+    SUB: tl.constexpr, TAPS: tl.constexpr,
     HAS_BEFORE: tl.constexpr, HAS_MAP: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
     NORMALIZE: tl.constexpr, SAVE_SUMS: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -336,7 +344,7 @@ def output_kernel(
     block = program % V_BLOCKS
     head = (program // V_BLOCKS) % H
     segment = program // (V_BLOCKS * H)
-    first_row, start, stop, sequence = locate_segment(
+    first_row, start, stop, sequence, _ = locate_segment(
         segment, tokens, num_segments, segment_tokens, table, PACKED
     )
     n = head // (H // N)
@@ -349,7 +357,7 @@ def output_kernel(
     if HAS_MAP:
         weight = load_map_weight(map_weight, n, D, F, DP, FP).to(DOT)
 
-    row = segment.to(tl.int64) * N + n
+    row = (segment + sequence).to(tl.int64) * N + n
     state = tl.load(
         states + row * (F * DV) + column[:, None] * F + feature[None, :],
         mask=(column[:, None] < DV) & is_feature[None, :],
@@ -361,7 +369,7 @@ def output_kernel(
             state, normaliser = output_chunk(
                 state, normaliser, q, k, v, sums, q_taps, k_taps, q_before, k_before, weight, keep, output,
                 weight_sums, first_row, t0, stop, sequence, head, n, k_head, v_head, gate_head, block, eps,
-                H, K_HEADS, V_HEADS, GATE_HEADS, GATE_WIDTH, N, D, F, DV, DP, FP, BV, C, SUB, TAPS, TAPS_P,
+                H, K_HEADS, V_HEADS, GATE_HEADS, GATE_WIDTH, N, D, F, DV, DP, FP, BV, C, SUB, TAPS,
                 HAS_BEFORE, HAS_MAP, MASKED, NORMALIZE, SAVE_SUMS, DOT, PRECISION, INTERPRETED, False,
             )  # fmt: skip
     else:
@@ -369,6 +377,6 @@ def output_kernel(
             state, normaliser = output_chunk(
                 state, normaliser, q, k, v, sums, q_taps, k_taps, q_before, k_before, weight, keep, output,
                 weight_sums, first_row, t0, stop, sequence, head, n, k_head, v_head, gate_head, block, eps,
-                H, K_HEADS, V_HEADS, GATE_HEADS, GATE_WIDTH, N, D, F, DV, DP, FP, BV, C, SUB, TAPS, TAPS_P,
+                H, K_HEADS, V_HEADS, GATE_HEADS, GATE_WIDTH, N, D, F, DV, DP, FP, BV, C, SUB, TAPS,
                 HAS_BEFORE, HAS_MAP, MASKED, NORMALIZE, SAVE_SUMS, DOT, PRECISION, INTERPRETED, True,
             )  # fmt: skip

@@ -10,7 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configurations import Configuration, choose_configuration, padded_width
+from .backward import (
+    gate_gradient_kernel,
+    key_gradient_kernel,
+    map_gradient_kernel,
+    query_gradient_kernel,
+    state_gradient_kernel,
+)
+from .configurations import STRONGEST_LOG_DECAY, Configuration, choose_configuration, padded_width
 from .forward import gate_kernel, output_kernel, scan_kernel, state_kernel
 
 # Tests put a function here that fills what it allocates with NaN: nothing may be read before it is written.
@@ -24,7 +31,7 @@ class MixerOptions:
     Attributes:
         is_logit: The gate is logits, to be activated; else log-decays.
         gate_divisor: ``log a = logsigmoid(logit) / gate_divisor``.
-        min_log_decay: The bound of the log-decays: logits are clamped to it, log-decays must obey it.
+        min_log_decay: The bound of the log-decays, to which they are clamped.
         normalize: Divide by the sum of weights.
         eps: Added to it.
         configuration: Instead of the one from the table.
@@ -137,10 +144,10 @@ def make_plan(inputs: MixerInputs, options: MixerOptions) -> Plan:
     else:
         rows, first = [], [0]
         for index, (start, length) in enumerate(zip(inputs.boundaries, lengths, strict=False)):
-            rows += [(start, t, min(t + segment, length), index) for t in range(0, length, segment)]
+            rows += [(start, t, min(t + segment, length), index, length) for t in range(0, length, segment)]
             first.append(len(rows))
         num_segments = all_segments = len(rows)
-        table = torch.tensor(rows, dtype=torch.int32).to(q.device, non_blocking=True)
+        table = torch.tensor(rows, dtype=torch.int32).reshape(-1, 5).to(q.device, non_blocking=True)
         ranges = torch.tensor(first, dtype=torch.int32).to(q.device, non_blocking=True)
     value_block = min(configuration.value_block, padded_width(v.shape[3]))
     plan = Plan(inputs, options, configuration, len(lengths), num_segments, all_segments, table, ranges)
@@ -159,7 +166,6 @@ def make_plan(inputs: MixerInputs, options: MixerOptions) -> Plan:
         "V_BLOCKS": -(-v.shape[3] // value_block),
         "C": configuration.chunk,
         "TAPS": 0 if inputs.q_taps is None else inputs.q_taps.shape[1],
-        "TAPS_P": 1 if inputs.q_taps is None else 1 << (inputs.q_taps.shape[1] - 1).bit_length(),
         "HAS_BEFORE": inputs.q_before is not None,
         "HAS_MAP": inputs.map_weight is not None,
         "MASKED": inputs.keep is not None,
@@ -194,7 +200,7 @@ def decay_sums(plan: Plan) -> Tensor:
     launch(
         gate_kernel, plan.all_segments * num_chunks * heads,
         gate, sums, inputs.keep, plan.table, *plan.size, num_chunks,
-        options.gate_divisor, options.min_log_decay,
+        options.gate_divisor, max(options.min_log_decay, STRONGEST_LOG_DECAY),
         GATE_HEADS=heads, GATE_WIDTH=width, WP=1 << (width - 1).bit_length(), C=configuration.chunk,
         IS_LOGIT=options.is_logit, MASKED=inputs.keep is not None, PACKED=inputs.boundaries is not None,
         warps=4,
@@ -207,10 +213,10 @@ def states_before_segments(plan: Plan, sums: Tensor) -> tuple[Tensor, Tensor, Te
     inputs, configuration, shape = plan.inputs, plan.configuration, plan.shape
     n, width, values = shape["N"], shape["F"], shape["DV"]
     options = {"dtype": torch.float32, "device": inputs.q.device}
-    states = allocate((plan.all_segments, n, values, width), **options)
-    normalisers = allocate((plan.all_segments, n, width), **options)
-    decays = allocate((plan.all_segments, n, width), **options)
-    strongest = allocate((plan.all_segments, n), **options)
+    rows = plan.all_segments + plan.num_sequences  # one more a sequence: the state after it
+    states = allocate((rows, n, values, width), **options)
+    normalisers, decays = (allocate((rows, n, width), **options) for _ in range(2))
+    strongest = allocate((rows, n), **options)
     launch(
         state_kernel, plan.all_segments * n * shape["V_BLOCKS"],
         inputs.k, inputs.v, sums, inputs.k_taps, inputs.k_before, inputs.map_weight, inputs.keep, plan.table,
@@ -245,8 +251,29 @@ def scan(
     )  # fmt: skip
 
 
-def forward(plan: Plan, *, save_sums: bool = False) -> dict[str, Tensor | None]:
-    """Run the forward kernels; return the output, the final state and what the backward needs."""
+@dataclass
+class Forward:
+    """What the forward gives and the backward needs.
+
+    Attributes:
+        output: [B, T, H, D].
+        final: The state after each sequence [S, N, F, D + 1].
+        states: The state before each segment and after the last [segments + S, N, D, F].
+        normalisers: The same of the normaliser [segments + S, N, F].
+        strongest: The least sum of log-decays of a chunk of each segment [segments + S, N].
+        weight_sums: What the output was divided by, less eps [B, T, H], where it was asked for.
+    """
+
+    output: Tensor
+    final: Tensor
+    states: Tensor
+    normalisers: Tensor
+    strongest: Tensor
+    weight_sums: Tensor | None
+
+
+def forward(plan: Plan, *, save_sums: bool = False) -> Forward:
+    """Run the forward kernels; ``save_sums`` keeps what the backward needs of the normaliser."""
     inputs, configuration = plan.inputs, plan.configuration
     q, v = inputs.q, inputs.v
     batch, tokens, heads = q.shape[:3]
@@ -265,7 +292,150 @@ def forward(plan: Plan, *, save_sums: bool = False) -> dict[str, Tensor | None]:
         SAVE_SUMS=weight_sums is not None,
         **plan.shape, **configuration.output.options(),
     )  # fmt: skip
-    return {
-        "output": output, "final": final, "weight_sums": weight_sums,
-        "states": states, "normalisers": normalisers,
-    }  # fmt: skip
+    return Forward(output, final, states, normalisers, strongest, weight_sums)
+
+
+@dataclass
+class Gradients:
+    """The gradients of a call's inputs, by the names of ``MixerInputs``; None where there is no such input."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gate: Tensor
+    q_taps: Tensor | None
+    k_taps: Tensor | None
+    map_weight: Tensor | None
+    initial_state: Tensor
+
+
+def backward(plan: Plan, saved: Forward, grad_output: Tensor, grad_final: Tensor | None) -> Gradients:
+    """Run the backward kernels.
+
+    Args:
+        plan: Of the forward.
+        saved: What the forward gave.
+        grad_output: The output's gradient, contiguous.
+        grad_final: The final state's, contiguous and float32, or None for zeros.
+    """
+    inputs, options, shape = plan.inputs, plan.options, dict(plan.shape)
+    tuning = plan.configuration.gradient.options()
+    q, k, v = inputs.q, inputs.k, inputs.v
+    batch, tokens, heads = q.shape[:3]
+    n, width, values = shape["N"], shape["F"], shape["DV"]
+    # A program holds all values: the gradient of a weight is a sum over them.
+    shape["BV"], shape["V_BLOCKS"] = padded_width(values), 1
+    constants = {"H": heads, "NORMALIZE": options.normalize}
+    float32 = {"dtype": torch.float32, "device": q.device}
+    sums = decay_sums(plan)
+
+    deltas = allocate((batch, tokens, heads), **float32) if options.normalize else None
+    state_gradients = allocate(saved.states.shape, **float32)
+    normaliser_gradients, decays = (allocate(saved.normalisers.shape, **float32) for _ in range(2))
+    launch(
+        state_gradient_kernel, plan.all_segments * n,
+        q, sums, inputs.q_taps, inputs.q_before, inputs.map_weight, inputs.keep, plan.table,
+        saved.output, grad_output, saved.weight_sums, deltas, state_gradients, normaliser_gradients, decays,
+        *plan.size, options.eps, **constants, **shape, **tuning,
+    )  # fmt: skip
+    grad_initial = allocate((plan.num_sequences, n, width, values + 1), **float32)
+    scan(plan, state_gradients, normaliser_gradients, decays, grad_final, grad_initial, reverse=True)
+
+    # Of the map's argument where there is a map, else of the features.
+    before_map = q.dtype
+    if inputs.map_weight is not None and q.dtype == torch.float16:
+        before_map = torch.bfloat16  # float16 would lose the small ones
+    grad_q = allocate((batch, tokens, heads, width), dtype=before_map, device=q.device)
+    grad_k = allocate((batch, tokens, n, width), dtype=before_map, device=q.device)
+    products = allocate((batch, tokens, heads, width), **float32)
+    launch(
+        query_gradient_kernel, plan.all_segments * heads,
+        q, k, v, sums, inputs.q_taps, inputs.k_taps, inputs.q_before, inputs.k_before,
+        inputs.map_weight, inputs.keep, plan.table, saved.states, saved.normalisers, saved.strongest,
+        grad_output, saved.weight_sums, deltas, grad_q, products,
+        *plan.size, options.eps, SUB=plan.configuration.sub_block, **constants, **shape, **tuning,
+    )  # fmt: skip
+    grad_v = allocate((batch, tokens, n, values), dtype=v.dtype, device=q.device)
+    gate_width = shape["GATE_WIDTH"]
+    # q dq is read before the decay's gradient is written where both have one place.
+    grad_decay = products
+    if n != heads or gate_width == 1:
+        grad_decay = allocate((batch, tokens, n, gate_width), **float32)
+    launch(
+        key_gradient_kernel, plan.all_segments * n,
+        q, k, v, sums, inputs.q_taps, inputs.k_taps, inputs.q_before, inputs.k_before,
+        inputs.map_weight, inputs.keep, plan.table, saved.states, saved.normalisers, saved.strongest,
+        state_gradients, normaliser_gradients, grad_output, saved.weight_sums, deltas,
+        grad_k, grad_v, products, grad_decay,
+        *plan.size, options.eps, SUB=plan.configuration.sub_block, **constants, **shape, **tuning,
+    )  # fmt: skip
+    grad_gate = _gate_gradient(plan, grad_decay)
+    q_taps = k_taps = map_weight = None
+    if inputs.map_weight is not None:
+        grad_q, q_map, q_taps = _map_gradient(plan, q, grad_q, inputs.q_taps, inputs.q_before)
+        grad_k, k_map, k_taps = _map_gradient(plan, k, grad_k, inputs.k_taps, inputs.k_before)
+        map_weight = q_map.view(n, -1, *q_map.shape[1:]).sum(1) + k_map
+        map_weight = (map_weight[..., : width // 2] - map_weight[..., width // 2 :]).to(
+            inputs.map_weight.dtype
+        )
+    return Gradients(
+        grad_q,
+        _sum_heads(grad_k, k),
+        _sum_heads(grad_v, v),
+        grad_gate,
+        q_taps,
+        k_taps,
+        map_weight,
+        grad_initial,
+    )
+
+
+def _sum_heads(gradient: Tensor, like: Tensor) -> Tensor:
+    """Sum the gradients of the state heads [B, T, N, W] that read one head [B, T, G, W]."""
+    if gradient.shape[2] == like.shape[2]:
+        return gradient.to(like.dtype)
+    grouped = gradient.view(*gradient.shape[:2], like.shape[2], -1, gradient.shape[3])
+    return grouped.sum(3, dtype=torch.float32).to(like.dtype)
+
+
+def _gate_gradient(plan: Plan, grad_decay: Tensor) -> Tensor:
+    inputs, options = plan.inputs, plan.options
+    gate = inputs.gate
+    heads, width = gate.shape[2:]
+    rows, chunk = gate.shape[0] * gate.shape[1], 32
+    result = allocate(gate.shape, dtype=gate.dtype, device=gate.device)
+    launch(
+        gate_gradient_kernel, -(-rows // chunk) * heads,
+        gate, grad_decay, inputs.keep, result, rows, options.gate_divisor, options.min_log_decay,
+        GATE_HEADS=heads, N=plan.shape["N"], W=width, WP=1 << (width - 1).bit_length(), C=chunk,
+        IS_LOGIT=options.is_logit, MASKED=inputs.keep is not None, warps=4,
+    )  # fmt: skip
+    return result
+
+
+def _map_gradient(
+    plan: Plan, x: Tensor, projected: Tensor, taps: Tensor | None, before: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the gradients of x [B, T, heads, D], of [W, -W] by head [heads, D, F] and of the filters."""
+    shape, inputs = plan.shape, plan.inputs
+    heads = projected.shape[2]
+    width, features = x.shape[3], shape["F"]
+    taps_count = 0 if taps is None else taps.shape[1]
+    float32 = {"dtype": torch.float32, "device": x.device}
+    grad_x = allocate((*x.shape[:2], heads, width), dtype=x.dtype, device=x.device)
+    grad_map = allocate((plan.all_segments, heads, width, features), **float32)
+    grad_taps = None if taps is None else allocate((plan.all_segments, heads * width, taps_count), **float32)
+    launch(
+        map_gradient_kernel, plan.all_segments * heads,
+        x, projected, taps, before, inputs.map_weight, inputs.keep, plan.table, grad_x, grad_map, grad_taps,
+        *plan.size,
+        X_HEADS=x.shape[2], HEADS=heads, TAPS_P=1 << max(taps_count - 1, 0).bit_length(),
+        **{name: shape[name] for name in (
+            "N", "D", "F", "DP", "FP", "C", "TAPS", "HAS_BEFORE", "MASKED", "PACKED", "DOT", "PRECISION",
+        )},
+        **plan.configuration.gradient.options(),
+    )  # fmt: skip
+    summed = None
+    if grad_taps is not None and taps is not None:
+        summed = grad_taps.sum(0).to(taps.dtype)
+    return grad_x, grad_map.sum(0), summed
