@@ -12,7 +12,7 @@ from lawcat.convert.initialize import student_config
 from lawcat.convert.teacher import load_teacher_config
 from lawcat.evaluation.lengths import format_length
 from lawcat.files import human_bytes
-from lawcat.model.configuration_lawcat import LINEAR, LawcatConfig
+from lawcat.model.configuration_lawcat import FULL, LINEAR, SLIDING, LawcatConfig
 from lawcat.ops.backend import explain
 
 _LENGTHS = (1024, 4096, 16384, 65536, 262144)
@@ -57,15 +57,12 @@ def describe(model: str) -> dict[str, Any]:
             family_of(loaded)
             config = student_config(loaded)
     assert config.layer_types is not None
-    num_linear = config.layer_types.count(LINEAR)
     return {
         "model": model,
         "kind": kind,
         "base": base,
         "family": config.teacher_model_type,
-        "layers": f"{num_linear} linear, {len(config.layer_types) - num_linear} softmax"
-        if kind != "teacher"
-        else f"{len(config.layer_types)} softmax",
+        "layers": f"{len(config.layer_types)} softmax" if kind == "teacher" else _layers(config.layer_types),
         "heads": f"{config.num_attention_heads} query, {config.num_key_value_heads} key/value, "
         f"{config.head_dim} wide",
         "operator": None if kind == "teacher" else _operator(config),
@@ -78,6 +75,12 @@ def describe(model: str) -> dict[str, Any]:
     }
 
 
+def _layers(layer_types: list[str]) -> str:
+    names = {LINEAR: "linear", SLIDING: "sliding", FULL: "softmax"}
+    counts = {name: layer_types.count(kind) for kind, name in names.items()}
+    return ", ".join(f"{count} {name}" for name, count in counts.items() if count or name != "sliding")
+
+
 def _operator(config: LawcatConfig) -> str:
     parts = [
         f"gate a {config.gate}" if config.gate != "none" else "no gate",
@@ -86,7 +89,15 @@ def _operator(config: LawcatConfig) -> str:
         f"{config.feature_dim} features",
         f"state a {config.state_heads} head",
     ]
-    return ", ".join([*parts, "rotary embedding"] if config.linear_rope else parts)
+    if config.feature_map == "untied":
+        parts.append("maps of q and k apart")
+    if config.linear_rope:
+        parts.append("rotary embedding")
+    if config.sliding_window is not None:
+        parts.append(f"softmax window of {config.sliding_window}")
+    if config.num_sinks:
+        parts.append(f"{config.num_sinks} sinks")
+    return ", ".join(parts)
 
 
 def _cache_bytes(config: LawcatConfig, tokens: int, layers: int | None = None) -> int:
@@ -97,12 +108,22 @@ def _cache_bytes(config: LawcatConfig, tokens: int, layers: int | None = None) -
 
 
 def state_bytes(config: LawcatConfig, tokens: int) -> int:
-    """Return the bytes that one sequence holds: states, convolution inputs, and softmax layers' cache."""
+    """Return the bytes that one sequence holds: states, convolution inputs, windows, and softmax layers'
+    cache."""
     assert config.layer_types is not None
     assert config.head_dim
     assert config.feature_dim
-    linear = config.layer_types.count(LINEAR)
+    linear, sliding, full = (config.layer_types.count(kind) for kind in (LINEAR, SLIDING, FULL))
     state = config.num_state_heads * config.feature_dim * (config.head_dim + 1) * _STATE_BYTES
     channels = (config.num_attention_heads + config.num_state_heads) * config.head_dim
     inputs = channels * (config.conv_kernel_size - 1) * _STATE_BYTES if config.use_conv else 0
-    return linear * (state + inputs) + _cache_bytes(config, tokens, len(config.layer_types) - linear)
+    total = linear * (state + inputs) + _cache_bytes(config, tokens, full)
+    if config.sliding_window is None:
+        return total
+    # Keys and values; of each place, whether it is seen; in linear layers also what the state takes in later.
+    window = _cache_bytes(config, config.sliding_window + config.num_sinks, 1) + config.sliding_window
+    window += 8 if config.num_sinks else 0
+    assert config.num_key_value_heads
+    gate = {"channel": config.feature_dim, "head": 1, "none": 0}[config.gate] * config.num_key_value_heads
+    waiting = config.sliding_window * (config.num_state_heads * config.feature_dim + gate) * _STATE_BYTES
+    return total + (linear + sliding) * window + linear * waiting

@@ -1,0 +1,54 @@
+"""What `lawcat info` says of a model is what the model does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lawcat import LawcatForCausalLM
+from lawcat.cli.info import describe, state_bytes
+from small_models import make_config
+
+LINEAR, SLIDING, FULL = "linear_attention", "sliding_attention", "full_attention"
+FIELDS = [
+    {},
+    {"use_conv": False, "state_heads": "kv"},
+    {"sliding_window": 5, "use_conv": False},
+    {"sliding_window": 5, "num_sinks": 2, "gate": "head", "use_conv": False},
+    {"sliding_window": 5, "gate": "none", "use_conv": False, "state_heads": "kv"},
+    {"layer_types": [SLIDING, FULL], "sliding_window": 6, "num_sinks": 1},
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+def test_the_memory_is_what_the_cache_holds(fields: dict[str, object]) -> None:
+    config = make_config(**fields)
+    model = LawcatForCausalLM(config).to(torch.bfloat16)
+    cache = model(torch.ones(1, 40, dtype=torch.long), use_cache=True).past_key_values
+    expected = cache.state_bytes()
+    if config.use_conv and LINEAR in config.layer_types:  # counted as if they were in float32, too
+        expected += sum(layer.q_inputs.numel() + layer.k_inputs.numel() for layer in cache.layers) * 2
+    assert state_bytes(config, 40) == expected
+
+
+def test_what_is_said(tmp_path: Path) -> None:
+    fields = {
+        "layer_types": [SLIDING, LINEAR, FULL],
+        "num_hidden_layers": 3,
+        "sliding_window": 5,
+        "num_sinks": 2,
+        "feature_map": "untied",
+        "linear_rope": True,
+    }
+    make_config(**fields).save_pretrained(tmp_path)
+    found = describe(str(tmp_path))
+    assert found["layers"] == "1 linear, 1 sliding, 1 softmax"
+    said = "maps of q and k apart, rotary embedding, softmax window of 5, 2 sinks"
+    assert found["operator"].endswith(f"state a query head, {said}")
+    make_config().save_pretrained(tmp_path)
+    found = describe(str(tmp_path))
+    assert found["layers"] == "2 linear, 0 softmax"
+    assert found["operator"].endswith("state a query head")
