@@ -95,6 +95,16 @@ class TestHybrid(CommonTests, unittest.TestCase):
     fields: ClassVar = {"layer_types": ["linear_attention", "full_attention"], "state_heads": "kv"}
 
 
+class TestWindows(CommonTests, unittest.TestCase):
+    has_attentions = False
+    fields: ClassVar = {
+        "layer_types": ["linear_attention", "sliding_attention"],
+        "sliding_window": 4,
+        "num_sinks": 2,
+        "feature_map": "untied",
+    }
+
+
 class TestSoftmax(CommonTests, unittest.TestCase):
     fields: ClassVar = {"layer_types": ["full_attention", "full_attention"]}
 
