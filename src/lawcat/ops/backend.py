@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from torch import Tensor
 from ..errors import BackendError, did_you_mean
 from .chunked import gated_linear_attention_chunked
 from .reference import gated_linear_attention_reference
+from .shapes import check_attention_inputs, check_log_decay
+from .triton import support
 
 ENVIRONMENT_VARIABLE = "LAWCAT_BACKEND"
 
@@ -30,15 +33,18 @@ class Backend:
 _BACKENDS = (
     Backend("torch", "chunked form in plain PyTorch, on any device, differentiable", lambda: None),
     Backend("reference", "the definition token by token, on any device; slow, for tests", lambda: None),
+    Backend("triton", "fused kernels for NVIDIA GPUs, differentiable", support.missing),
 )
 _forced: ContextVar[str | None] = ContextVar("lawcat_backend", default=None)
+# Why "auto" has taken PyTorch on a GPU, each reason told once.
+_fallbacks: dict[str, None] = {}
 
 
 def backend_names() -> tuple[str, ...]:
     """Return the names that ``backend=`` accepts.
 
     >>> backend_names()
-    ('auto', 'torch', 'reference')
+    ('auto', 'torch', 'reference', 'triton')
     """
     return ("auto", *(backend.name for backend in _BACKENDS))
 
@@ -58,19 +64,20 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def choose_backend(backend: str = "auto") -> str:
+def choose_backend(backend: str = "auto", device: str = "cpu") -> str:
     """Return the name of the implementation that a call with this ``backend`` runs.
 
     An explicit name wins; then ``use_backend``; then the environment variable ``LAWCAT_BACKEND``; then the
-    fastest that can run. A compiled function keeps the choice of the time it was compiled.
+    fastest that can run on this type of device. A compiled function keeps the choice of the time it was
+    compiled.
 
     Raises:
         BackendError: for a name that does not exist.
     """
-    return _choose(backend)[0]
+    return _choose(backend, device)[0]
 
 
-def _choose(backend: str = "auto") -> tuple[str, str | None]:
+def _choose(backend: str = "auto", device: str = "cpu") -> tuple[str, str | None]:
     """Return the name and who asked for it, None where nobody did."""
     requests = {
         "backend": backend,
@@ -80,16 +87,16 @@ def _choose(backend: str = "auto") -> tuple[str, str | None]:
     for source, name in requests.items():
         if name and _checked(name, source) != "auto":
             return name, source
-    return "torch", None
+    return "triton" if device == "cuda" and support.missing() is None else "torch", None
 
 
 def explain() -> str:
     """Return, a line a backend, whether it can run here and which one ``"auto"`` takes and why.
 
-    >>> print(explain().splitlines()[0])
-    torch: chunked form in plain PyTorch, on any device, differentiable (available, taken by 'auto')
+    >>> print(explain().splitlines()[1])
+    reference: the definition token by token, on any device; slow, for tests (available)
     """
-    chosen, source = _choose()
+    chosen, source = _choose(device="cuda" if torch.cuda.is_available() else "cpu")
     lines = []
     for backend in _BACKENDS:
         reason = backend.unavailable_because()
@@ -97,9 +104,32 @@ def explain() -> str:
         if backend.name == chosen:
             state += ", taken by 'auto'"
         lines.append(f"{backend.name}: {backend.description} ({state})")
+    lines += [f"fell back to torch: {reason}" for reason in _fallbacks]
     if source is not None:
         lines.append(f"'auto' means {chosen!r} because of {source}")
     return "\n".join(lines)
+
+
+def kernels_or_torch(backend: str, device: str, unsupported: str | None) -> bool:
+    """Return whether the kernels run a call for which ``choose_backend`` says ``"triton"``.
+
+    Args:
+        backend: What the caller asked for.
+        device: Type of the tensors' device.
+        unsupported: Why the kernels cannot run these tensors, or None.
+
+    Raises:
+        BackendError: where they cannot and were asked for; else it is said once, as a warning.
+    """
+    if unsupported is None:
+        return True
+    _, source = _choose(backend, device)
+    if source is not None:
+        raise BackendError(f"{source}='triton' cannot run: {unsupported}. Use backend='torch'.")
+    if unsupported not in _fallbacks:
+        _fallbacks[unsupported] = None
+        warnings.warn(f"lawcat's kernels are not used: {unsupported}.", stacklevel=3)
+    return False
 
 
 def _checked(name: str, source: str) -> str:
@@ -137,7 +167,8 @@ def gated_linear_attention(
         initial_state: State before the first token [B, N, F, D + 1]; zeros when None.
         normalize: Divide by the decayed sum of weights z, else return n.
         eps: Added to z before dividing, above 0.
-        backend: ``"auto"``, ``"torch"`` (chunked PyTorch) or ``"reference"`` (token by token).
+        backend: ``"auto"``, ``"torch"`` (chunked PyTorch), ``"triton"`` (kernels) or ``"reference"`` (token
+            by token).
         min_log_decay: A bound below which no log_decay lies, where the caller knows one; saves looking it up.
 
     Returns:
@@ -158,7 +189,15 @@ def gated_linear_attention(
         >>> o.shape, state.shape
         (torch.Size([1, 100, 2, 4]), torch.Size([1, 2, 4, 5]))
     """
-    if choose_backend(backend) == "reference":
+    name = choose_backend(backend, q.device.type)
+    if name == "triton":
+        check_attention_inputs(q, k, v, log_decay, initial_state, eps)
+        unsupported = support.unsupported_because(
+            q, k, v, log_decay, initial_state, feature_dim=q.shape[3], value_dim=v.shape[3]
+        )
+        if q.numel() and kernels_or_torch(backend, q.device.type, unsupported):
+            return _run_kernels(q, k, v, log_decay, initial_state, normalize, eps, min_log_decay)
+    if name == "reference":
         return gated_linear_attention_reference(
             q, k, v, log_decay, initial_state=initial_state, normalize=normalize, eps=eps
         )
@@ -172,3 +211,28 @@ def gated_linear_attention(
         eps=eps,
         min_log_decay=min_log_decay,
     )
+
+
+def _run_kernels(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None,
+    normalize: bool,
+    eps: float,
+    min_log_decay: float | None,
+) -> tuple[Tensor, Tensor]:
+    from .triton.function import run
+    from .triton.mixer import MixerInputs, MixerOptions
+
+    if min_log_decay is None:
+        lowest, highest = (bound.item() for bound in torch.aminmax(log_decay.detach()))
+        check_log_decay(highest)
+        min_log_decay = lowest
+    inputs = MixerInputs(
+        q=q, k=k, v=v, gate=log_decay, initial_state=initial_state, num_state_heads=k.shape[2]
+    )  # fmt: skip
+    options = MixerOptions(min_log_decay=min_log_decay, normalize=normalize, eps=eps)
+    output, state = run(inputs, options)
+    return output, state

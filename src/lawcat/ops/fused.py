@@ -6,15 +6,17 @@ Legend: see ``shapes.py``; also G heads of k, v and the gate as the projections 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .backend import choose_backend, gated_linear_attention
+from .backend import choose_backend, gated_linear_attention, kernels_or_torch
 from .convolution import causal_conv1d
 from .feature_map import hedgehog_feature_map
 from .precision import at_least_float32, without_autocast
+from .triton import support
 
 MixerResult = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -83,12 +85,28 @@ def linear_attention_mixer(
         >>> o.shape, state.shape
         (torch.Size([1, 5, 4, 8]), torch.Size([1, 4, 8, 9]))
     """
-    name = choose_backend(backend)
+    _check(
+        q, k, v, gate, map_weight, q_taps, k_taps, initial_state, q_inputs, k_inputs, mask, boundaries, eps
+    )
+    name = choose_backend(backend, q.device.type)
+    if name == "triton" and q.numel():
+        unsupported = support.unsupported_because(
+            q, k, v, gate, map_weight, q_taps, k_taps, initial_state,
+            feature_dim=2 * map_weight.shape[2], value_dim=v.shape[3],
+        )  # fmt: skip
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q_inputs, k_inputs)):
+            unsupported = "q_inputs or k_inputs requires a gradient, which the kernels do not give"
+        if kernels_or_torch(backend, q.device.type, unsupported):
+            return _run_kernels(
+                q, k, v, gate, map_weight, q_taps, k_taps, gate_is_logit, gate_divisor, min_log_decay,
+                initial_state, q_inputs, k_inputs, mask, boundaries, normalize, eps,
+            )  # fmt: skip
+        name = "torch"
     if boundaries is not None:
         return _packed_by_sequence(
             q, k, v, gate, map_weight, boundaries, mask, initial_state, q_inputs, k_inputs,
             q_taps=q_taps, k_taps=k_taps, gate_is_logit=gate_is_logit, gate_divisor=gate_divisor,
-            min_log_decay=min_log_decay, normalize=normalize, eps=eps, backend=backend,
+            min_log_decay=min_log_decay, normalize=normalize, eps=eps, backend=name,
         )  # fmt: skip
     with without_autocast(q):
         log_decay = gate
@@ -115,6 +133,147 @@ def linear_attention_mixer(
             backend=name,
         )  # fmt: skip
     return output, state, q_inputs, k_inputs
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    map_weight: Tensor,
+    q_taps: Tensor | None,
+    k_taps: Tensor | None,
+    initial_state: Tensor | None,
+    q_inputs: Tensor | None,
+    k_inputs: Tensor | None,
+    mask: Tensor | None,
+    boundaries: tuple[int, ...] | None,
+    eps: float,
+) -> None:
+    """Raise ``ValueError`` where the arguments do not fit together."""
+    if q.ndim != 4 or k.ndim != 4 or map_weight.ndim != 3:
+        raise ValueError(
+            "q and k must have four dimensions [batch, tokens, heads, width] and map_weight three "
+            f"[N, D, F / 2]; got {q.ndim}, {k.ndim} and {map_weight.ndim}."
+        )
+    batch, tokens, heads, width = q.shape
+    kv_heads, (state_heads, _, half) = k.shape[2], map_weight.shape
+    if not kv_heads or not state_heads or heads % state_heads or state_heads % kv_heads:
+        raise ValueError(
+            f"q has {heads} heads, map_weight {state_heads} and k {kv_heads}; each must be a multiple of the "
+            "next."
+        )
+    sequences = batch
+    if boundaries is not None:
+        sequences = len(boundaries) - 1
+        rises = all(a <= b for a, b in itertools.pairwise(boundaries))
+        if batch != 1 or sequences < 1 or boundaries[0] != 0 or boundaries[-1] != tokens or not rises:
+            raise ValueError(
+                f"boundaries are {boundaries}; for q {tuple(q.shape)} they must rise from 0 to T, with B = 1."
+            )
+    taps = None if q_taps is None else q_taps.shape[-1]
+    expected: dict[str, tuple[Tensor | None, tuple[int | None, ...]]] = {
+        "k": (k, (batch, tokens, kv_heads, width)),
+        "v": (v, (batch, tokens, kv_heads, None)),
+        "gate": (gate, (batch, tokens, kv_heads, 1 if gate.shape[-1] == 1 else 2 * half)),
+        "map_weight": (map_weight, (state_heads, width, half)),
+        "q_taps": (q_taps, (heads * width, taps)),
+        "k_taps": (k_taps, (state_heads * width, taps)),
+        "initial_state": (initial_state, (sequences, state_heads, 2 * half, v.shape[-1] + 1)),
+        "q_inputs": (q_inputs, (sequences, heads * width, (taps or 1) - 1)),
+        "k_inputs": (k_inputs, (sequences, state_heads * width, (taps or 1) - 1)),
+        "mask": (mask, (batch, tokens)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tensor.ndim != len(shape) or any(
+            w not in (None, s) for s, w in zip(tensor.shape, shape, strict=True)
+        ):
+            wanted = ", ".join("any" if size is None else str(size) for size in shape)
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)}; with q {tuple(q.shape)} it must be [{wanted}]."
+            )
+        if tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device} and q on {q.device}; move them to one device.")
+    if (q_taps is None) != (k_taps is None):
+        raise ValueError("q_taps and k_taps come together: give both or none.")
+    if (q_inputs is None) != (k_inputs is None):
+        raise ValueError("q_inputs and k_inputs come together: give both or none.")
+    if eps <= 0:
+        raise ValueError(f"eps={eps} must be above 0: the normaliser it is added to may be 0.")
+
+
+def _run_kernels(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    map_weight: Tensor,
+    q_taps: Tensor | None,
+    k_taps: Tensor | None,
+    gate_is_logit: bool,
+    gate_divisor: float,
+    min_log_decay: float,
+    initial_state: Tensor | None,
+    q_inputs: Tensor | None,
+    k_inputs: Tensor | None,
+    mask: Tensor | None,
+    boundaries: tuple[int, ...] | None,
+    normalize: bool,
+    eps: float,
+) -> MixerResult:
+    from .triton.function import run
+    from .triton.mixer import MixerInputs, MixerOptions
+
+    state_heads = map_weight.shape[0]
+    if q_taps is None:
+        q_inputs = k_inputs = None
+    inputs = MixerInputs(
+        q=q, k=k, v=v, gate=gate, q_taps=q_taps, k_taps=k_taps, map_weight=map_weight,
+        initial_state=initial_state, q_before=q_inputs, k_before=k_inputs,
+        keep=None if mask is None else mask != 0, boundaries=boundaries, num_state_heads=state_heads,
+    )  # fmt: skip
+    options = MixerOptions(
+        is_logit=gate_is_logit, gate_divisor=gate_divisor, min_log_decay=min_log_decay, normalize=normalize,
+        eps=eps,
+    )  # fmt: skip
+    output, state = run(inputs, options)
+    if q_taps is not None:
+        kept = q_taps.shape[1] - 1
+        q_inputs = _last_inputs(q, q.shape[2], kept, q_inputs, mask, boundaries)
+        k_inputs = _last_inputs(k, state_heads, kept, k_inputs, mask, boundaries)
+    return output, state, q_inputs, k_inputs
+
+
+def _last_inputs(
+    x: Tensor,
+    heads: int,
+    kept: int,
+    before: Tensor | None,
+    mask: Tensor | None,
+    boundaries: tuple[int, ...] | None,
+) -> Tensor:
+    """Return the last inputs of a convolution [S, heads * D, kept], oldest first."""
+    if boundaries is not None:
+        parts = [
+            _last_inputs(
+                x[:, a:b], heads, kept, None if before is None else before[s : s + 1],
+                None if mask is None else mask[:, a:b], None,
+            )
+            for s, (a, b) in enumerate(itertools.pairwise(boundaries))
+        ]  # fmt: skip
+        return torch.cat(parts)
+    last = x[:, -kept:]
+    if mask is not None:
+        last = last * mask[:, -kept:, None, None].to(x.dtype)
+    last = _repeat_heads(last, heads).flatten(2).transpose(1, 2)  # [B, C, tokens]
+    missing = kept - last.shape[2]
+    if missing:
+        shape = (x.shape[0], last.shape[1], missing)
+        earlier = x.new_zeros(shape) if before is None else before[:, :, -missing:].to(x.dtype)
+        last = torch.cat([earlier, last], dim=2)
+    return last.contiguous()
 
 
 def _convolve(x: Tensor, taps: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -144,6 +303,7 @@ def _packed_by_sequence(
     **options: object,
 ) -> MixerResult:
     """One sequence of a packed batch after the other."""
+    mixer: Callable[..., MixerResult] = linear_attention_mixer
     results = []
     for index, (start, stop) in enumerate(itertools.pairwise(boundaries)):
         tokens = (t[:, start:stop] for t in (q, k, v, gate))
@@ -152,7 +312,7 @@ def _packed_by_sequence(
             for name, t in (("initial_state", initial_state), ("q_inputs", q_inputs), ("k_inputs", k_inputs))
         }
         keep = None if mask is None else mask[:, start:stop]
-        results.append(linear_attention_mixer(*tokens, map_weight, mask=keep, **before, **options))  # type: ignore[arg-type]
+        results.append(mixer(*tokens, map_weight, mask=keep, **before, **options))
     outputs, states, q_after, k_after = zip(*results, strict=True)
     q_joined = None if q_after[0] is None else torch.cat(q_after)
     k_joined = None if k_after[0] is None else torch.cat(k_after)

@@ -1,17 +1,17 @@
 """The backward kernels. Legend: ``blocks.py``; with d for the gradient of the loss by what follows.
 
-With ``z_i`` the sum of weights of query i, ``s_i = 1 / (z_i + eps)`` and ``delta_i = do_i . o_i``, the weight of
-token j for query i has the gradient ``s_i (do_i . v_j - delta_i)``: the normaliser's part is ``delta`` alone.
-Features are computed again from q and k; states at the segments' starts are kept from the forward, the
-gradients of the states at their ends come from a pass in reverse like the forward's (``state_gradient_kernel``
-and ``scan_kernel``). The query kernel walks a segment forward and carries the state, the key kernel walks it
-backward and carries the state's gradient.
+With ``z_i`` the sum of weights of query i, ``s_i = 1 / (z_i + eps)`` and ``delta_i = do_i . o_i``, the weight
+of token j for query i has the gradient ``s_i (do_i . v_j - delta_i)``: the normaliser's part is ``delta``
+alone. Features are computed again from q and k; states at the segments' starts are kept from the forward, the
+gradients of the states at their ends come from a pass in reverse like the forward's
+(``state_gradient_kernel`` and ``scan_kernel``). The query kernel walks a segment forward and carries the
+state, the key kernel walks it backward and carries the state's gradient.
 
-Decays: a log-decay at t adds to the exponent of each later query and takes from that of each later key, so its
-gradient is the sum of ``q dq - k dk`` over the tokens from t to the segment's end, and of ``S dS`` there.
+Decays: a log-decay at t adds to the exponent of each later query and takes from that of each later key, so
+its gradient is the sum of ``q dq - k dk`` over the tokens from t to the segment's end, and of ``S dS`` there.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def query_gradient_kernel(
     MASKED: tl.constexpr, PACKED: tl.constexpr, NORMALIZE: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of q (before the map, where there is one) and q dq. One program a segment and head."""
+    """Write the gradient of q (before the map, if there is one) and q dq. One program a segment and head."""
     program = tl.program_id(0)
     head = program % H
     segment = program // H
@@ -430,12 +430,13 @@ def map_gradient_kernel(
     tokens, num_segments, segment_tokens,
     X_HEADS: tl.constexpr, HEADS: tl.constexpr, N: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
     DP: tl.constexpr, FP: tl.constexpr, C: tl.constexpr, TAPS: tl.constexpr, TAPS_P: tl.constexpr,
-    HAS_BEFORE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BEFORE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of x, and a segment's part of those of [W, -W] and of the filters.
 
-    ``projected`` is the gradient of ``conv(x) [W, -W]``. One program a segment and head; x may have fewer heads
-    than there are filters: then the heads' gradients of x are summed later.
+    ``projected`` is the gradient of ``conv(x) [W, -W]``. One program a segment and head; x may have fewer
+    heads than there are filters: then the heads' gradients of x are summed later.
     """
     program = tl.program_id(0)
     head = program % HEADS
@@ -466,18 +467,17 @@ def map_gradient_kernel(
             channel = head * D + d
             for tap in tl.static_range(TAPS):
                 # Tap TAPS - 1 weighs the present token.
-                shift: tl.constexpr = TAPS - 1 - tap
                 filter_tap = tl.load(taps + channel * TAPS + tap, mask=d < D, other=0.0).to(tl.float32)
                 later = grad_u
-                if shift > 0:
-                    later = load_features(projected, first_row, t0, length, head, HEADS, F, FP, C, shift).to(
-                        DOT
-                    )
+                if tap < TAPS - 1:
+                    later = load_features(
+                        projected, first_row, t0, length, head, HEADS, F, FP, C, TAPS - 1 - tap
+                    ).to(DOT)
                     later = tl.dot(later, weight, input_precision=PRECISION)
                 total += later * filter_tap[None, :]
                 rows = load_conv_inputs(
                     x, first_row, t0, stop, x_head, keep, before, sequence, head,
-                    X_HEADS, HEADS, D, DP, C, TAPS, shift, HAS_BEFORE, MASKED,
+                    X_HEADS, HEADS, D, DP, C, TAPS, TAPS - 1 - tap, HAS_BEFORE, MASKED,
                 ).to(tl.float32)  # fmt: skip
                 grad_filters += tl.where(index[:, None] == tap, tl.sum(rows * grad_u, axis=0)[None, :], 0.0)
         if MASKED:

@@ -6,7 +6,7 @@ first half of the features and the others the second, each padded by itself.
 All decays are in logarithms to the base 2, since ``exp2`` is what the hardware computes.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def load_features(
     x, first_row, t0, stop, head,
     HEADS: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, C: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """Return x[t0 + SHIFT : t0 + SHIFT + C, head] as a tile of features [C, FP], zero at ``stop`` or after."""
+    """Return x[t0 + SHIFT : t0 + SHIFT + C, head] as a tile of features [C, FP], zero from ``stop`` on."""
     i = tl.arange(0, C) + SHIFT
     feature, is_feature = feature_columns(F, FP)
     base = x + (first_row + t0) * (HEADS * F) + head * F

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ class Tuning:
     stages: int = 1
     registers: int | None = None
 
-    def options(self) -> dict[str, int | None]:
+    def options(self) -> dict[str, Any]:
         """Return the launch options."""
         return {"warps": self.warps, "stages": self.stages, "registers": self.registers}
 
@@ -44,6 +45,7 @@ class Configuration:
         segment: Tokens of a segment, a multiple of C: one program walks it.
         state: Of the state kernel.
         output: Of the output kernel.
+        gradient_chunk: Tokens of a chunk in the backward kernels, not more than ``chunk``.
         gradient: Of the backward kernels.
     """
 
@@ -53,6 +55,7 @@ class Configuration:
     segment: int
     state: Tuning
     output: Tuning
+    gradient_chunk: int
     gradient: Tuning
 
 
@@ -109,6 +112,7 @@ def choose_configuration(
         segment=segment,
         state=Tuning(warps),
         output=Tuning(warps),
+        gradient_chunk=32,
         gradient=Tuning(warps),
     )
 

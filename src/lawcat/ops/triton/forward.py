@@ -7,11 +7,11 @@ A sequence is cut into segments and these into chunks of C tokens. What a token 
 ``sum_f q_if k_jf 2^(b_if - b_jf)``, b being the sums of log-decays since the chunk's start. It is a product
 of ``q 2^(b - r)`` and ``k 2^(r - b)``, r being half of the chunk's sum: q decayed from the chunk's start and
 k decayed to its end differ from these by ``2^r`` alone. Where a channel decays so much in a chunk that a
-factor would be too large, the segment takes a slower path: keys come in sub-blocks of SUB tokens, each with an
-r of its own. Whether it does is seen from the numbers, segment by segment.
+factor would be too large, the segment takes a slower path: keys come in sub-blocks of SUB tokens, each with
+an r of its own. Whether it does is seen from the numbers, segment by segment.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 

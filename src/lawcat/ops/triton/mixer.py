@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from .configurations import STRONGEST_LOG_DECAY, Configuration, choose_configura
 from .forward import gate_kernel, output_kernel, scan_kernel, state_kernel
 
 # Tests put a function here that fills what it allocates with NaN: nothing may be read before it is written.
-allocate = torch.empty
+allocate: Any = torch.empty
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,14 @@ class Plan:
     table: Tensor | None
     ranges: Tensor | None
     shape: dict[str, Any] = field(default_factory=dict)
+
+    def for_gradient(self) -> Plan:
+        """Return the same with the chunks of the backward kernels, in the same segments."""
+        chunk = self.configuration.gradient_chunk
+        configuration = replace(
+            self.configuration, chunk=chunk, sub_block=min(chunk, self.configuration.sub_block)
+        )
+        return replace(self, configuration=configuration, shape={**self.shape, "C": chunk})
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -194,7 +202,7 @@ def decay_sums(plan: Plan) -> Tensor:
     """Return the sums of log-decays (base 2) since the start of each chunk, in the gate's shape, float32."""
     inputs, options, configuration = plan.inputs, plan.options, plan.configuration
     gate = inputs.gate
-    sums = allocate(gate.shape, dtype=torch.float32, device=gate.device)
+    sums: Tensor = allocate(gate.shape, dtype=torch.float32, device=gate.device)
     num_chunks = configuration.segment // configuration.chunk
     heads, width = gate.shape[2:]
     launch(
@@ -297,7 +305,7 @@ def forward(plan: Plan, *, save_sums: bool = False) -> Forward:
 
 @dataclass
 class Gradients:
-    """The gradients of a call's inputs, by the names of ``MixerInputs``; None where there is no such input."""
+    """The gradients of a call's inputs by the names of ``MixerInputs``; None where there is no such input."""
 
     q: Tensor
     k: Tensor
@@ -318,6 +326,7 @@ def backward(plan: Plan, saved: Forward, grad_output: Tensor, grad_final: Tensor
         grad_output: The output's gradient, contiguous.
         grad_final: The final state's, contiguous and float32, or None for zeros.
     """
+    plan = plan.for_gradient()
     inputs, options, shape = plan.inputs, plan.options, dict(plan.shape)
     tuning = plan.configuration.gradient.options()
     q, k, v = inputs.q, inputs.k, inputs.v
@@ -325,8 +334,8 @@ def backward(plan: Plan, saved: Forward, grad_output: Tensor, grad_final: Tensor
     n, width, values = shape["N"], shape["F"], shape["DV"]
     # A program holds all values: the gradient of a weight is a sum over them.
     shape["BV"], shape["V_BLOCKS"] = padded_width(values), 1
-    constants = {"H": heads, "NORMALIZE": options.normalize}
-    float32 = {"dtype": torch.float32, "device": q.device}
+    constants: dict[str, Any] = {"H": heads, "NORMALIZE": options.normalize}
+    float32: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
     sums = decay_sums(plan)
 
     deltas = allocate((batch, tokens, heads), **float32) if options.normalize else None
@@ -403,7 +412,7 @@ def _gate_gradient(plan: Plan, grad_decay: Tensor) -> Tensor:
     gate = inputs.gate
     heads, width = gate.shape[2:]
     rows, chunk = gate.shape[0] * gate.shape[1], 32
-    result = allocate(gate.shape, dtype=gate.dtype, device=gate.device)
+    result: Tensor = allocate(gate.shape, dtype=gate.dtype, device=gate.device)
     launch(
         gate_gradient_kernel, -(-rows // chunk) * heads,
         gate, grad_decay, inputs.keep, result, rows, options.gate_divisor, options.min_log_decay,
@@ -421,7 +430,7 @@ def _map_gradient(
     heads = projected.shape[2]
     width, features = x.shape[3], shape["F"]
     taps_count = 0 if taps is None else taps.shape[1]
-    float32 = {"dtype": torch.float32, "device": x.device}
+    float32: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     grad_x = allocate((*x.shape[:2], heads, width), dtype=x.dtype, device=x.device)
     grad_map = allocate((plan.all_segments, heads, width, features), **float32)
     grad_taps = None if taps is None else allocate((plan.all_segments, heads * width, taps_count), **float32)

@@ -1,0 +1,81 @@
+"""Whether the kernels can run: on this machine, and for these tensors. Does not import triton."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+
+import torch
+from torch import Tensor
+
+_OLDEST_TRITON = (3, 6)
+# Ampere: the first with bfloat16 products.
+_OLDEST_CAPABILITY = (8, 0)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def is_interpreted() -> bool:
+    """Return whether kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def missing() -> str | None:
+    """Return why no kernel can run on this machine, or None where they can."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "the package triton is not installed (it comes with PyTorch for CUDA)"
+    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_TRITON:
+        return f"triton is {version}; 3.6 or newer is needed"
+    if is_interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    return None
+
+
+@functools.cache
+def _too_old(device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _OLDEST_CAPABILITY:
+        found = ".".join(map(str, capability))
+        return f"the GPU's compute capability is {found}; 8.0 or newer is needed"
+    return None
+
+
+def unsupported_because(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    *others: Tensor | None,
+    feature_dim: int,
+    value_dim: int,
+) -> str | None:
+    """Return why the kernels cannot run these tensors, or None where they can.
+
+    ``others`` count where they require a gradient.
+    """
+    if reason := missing():
+        return reason
+    if not is_interpreted():
+        if q.device.type != "cuda":
+            return f"the tensors are on {q.device.type}; the kernels run on cuda"
+        if reason := _too_old(q.device):
+            return reason
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("gate", gate)):
+        if tensor.dtype not in _DTYPES:
+            return f"{name} is {tensor.dtype}; the kernels take bfloat16, float16 and float32"
+    needs_gradient = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (q, k, v, gate, *others)
+    )
+    widest = max(q.shape[3], value_dim, feature_dim)
+    limit = 128 if needs_gradient or q.dtype == torch.float32 else 256
+    if widest > limit:
+        what = "gradients" if needs_gradient else str(q.dtype)
+        return f"a width is {widest}; for {what} the kernels take up to {limit}"
+    if feature_dim % 2:
+        return f"feature_dim={feature_dim} is odd; the kernels take even ones"
+    return None
