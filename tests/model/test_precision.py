@@ -27,7 +27,7 @@ def dtypes(model: LawcatForCausalLM) -> tuple[set[torch.dtype], set[torch.dtype]
 
 
 @SHORT
-@pytest.mark.parametrize("name", ["paper", "gate a head", "hybrid"])
+@pytest.mark.parametrize("name", ["paper", "gate a head", "hybrid", "lolcats"])
 def test_new_parameters_are_float32_in_a_short_model(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = make_model(**VARIANTS[name])
     model.save_pretrained(tmp_path)
