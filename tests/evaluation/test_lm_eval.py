@@ -141,3 +141,31 @@ def test_the_command_hands_arguments_on_and_runs_a_student(tokenizer, tmp_path):
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert "lawcat_passkey_128" in ran.stdout
     assert "digit_accuracy" in ran.stdout
+
+
+@pytest.mark.slow
+def test_stock_niah_single_1_asks_as_we_do_and_agrees(tokenizer, tmp_path):
+    """Its prompts are ours in the linear fit, and its score of any answer is ours; so both tables agree."""
+    from lm_eval.tasks.ruler.common_utils import process_results as theirs
+    from lm_eval.tasks.ruler.niah_utils import niah_single_1  # builds a list of 6 million words: 15 seconds
+
+    from lawcat.tasks.context import noise_context
+    from lawcat.tasks.needle import Needle, NeedleQuestion
+
+    tokenizer.save_pretrained(tmp_path)
+    documents = niah_single_1(max_seq_lengths=[1024], tokenizer=str(tmp_path))["test"]
+    task = TASKS["niah_single_1"]
+    ours = task.generate(tokenizer, 1024, 0, 0, fit="linear")
+    for document in documents.select(range(20)):
+        value = document["outputs"][0]
+        key = document["query"] if "query" in document else document["input"].rsplit(" for ", 1)[1].split()[0]
+        needle = Needle("numbers", key, value)
+        context = document["input"].split("afterwards.\n", 1)[1].rsplit("\nWhat is", 1)[0]
+        lines = context.split("\n")
+        place = (lines.index(needle.sentence) + 0.5) / (len(lines) - 1)
+        question = NeedleQuestion([[needle]], [0], noise_context(), lambda units, place=place: [place])
+        assert question.prompt(len(lines) - 1) == document["input"] + " " + document["gen_prefix"]
+        assert len(lines) - 1 == ours.metadata["haystack_units"]
+        sample = Sample("niah_single_1", 1024, 0, 0, document["input"], (value,), 128, 1)
+        for answer in (f" {value}.", " 12", f"\x00{value}", ""):
+            assert task.score(sample, answer)[task.metrics[0]] == theirs(document, [answer])["1024"]
