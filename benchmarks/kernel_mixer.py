@@ -2,7 +2,7 @@
 
     python benchmarks/kernel_mixer.py --parts correctness,forward,split,first
     python benchmarks/kernel_mixer.py --parts sweep --lengths 2048,32768
-    python benchmarks/kernel_mixer.py --parts training
+    python benchmarks/kernel_mixer.py --parts training --lengths 1024,8192
 
 "Mixer" is everything between the projections and W_o: convolution of q and k, feature map, gate, recurrence,
 division. Against PyTorch's SDPA with the flash backend on the same q, k and v, in the same run; medians of
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lawcat.ops import fused
 from lawcat.ops.fused import linear_attention_mixer
 from lawcat.ops.triton import mixer as kernels
 from lawcat.ops.triton.configurations import Configuration, Tuning, choose_configuration, sub_block_tokens
@@ -69,9 +70,7 @@ class Shape:
         }
 
 
-def run_kernels(
-    tensors: dict[str, Tensor], configuration: Configuration | None = None
-) -> dict[str, Tensor | None]:
+def run_kernels(tensors: dict[str, Tensor], configuration: Configuration | None = None) -> kernels.Forward:
     """Run the forward kernels, with a configuration of one's own if wanted."""
     inputs = kernels.MixerInputs(**tensors, num_state_heads=tensors["map_weight"].shape[0])
     options = kernels.MixerOptions(is_logit=True, configuration=configuration)
@@ -127,39 +126,61 @@ def relative_error(actual: Tensor, expected: Tensor) -> dict[str, float]:
     }
 
 
+def gradients(
+    tensors: dict[str, Tensor], output_weights: Tensor, state_weights: Tensor, backend: str
+) -> dict[str, Tensor]:
+    """Return output, state and the gradients of all tensors of a weighted sum of both."""
+    if tensors["q"].dtype == torch.float32 and tensors["q"].shape[3] > 64:  # the kernels have no gradient
+        with torch.no_grad():
+            output, state, _, _ = linear_attention_mixer(**tensors, backend=backend)
+        return {"output": output, "state": state}
+    leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+    output, state, _, _ = linear_attention_mixer(**leaves, backend=backend)
+    loss = (output * output_weights.to(output.dtype)).sum() + (state * state_weights.to(state.dtype)).sum()
+    found = torch.autograd.grad(loss, list(leaves.values()))
+    return {"output": output.detach(), "state": state.detach(), **dict(zip(leaves, found, strict=True))}
+
+
 def correctness(arguments: argparse.Namespace) -> None:
     """Compare with PyTorch operations in float64; beside it, those in the inputs' own precision."""
-    print("\n# correctness: relative error against float64 (max / rms)")
-    rows = []
+    print(
+        "\n# correctness: largest error against float64 as a part of the largest value, kernels (torch form)"
+    )
+    RESULTS["correctness"] = []
     for width, dtype, tokens in itertools.product(
         arguments.widths, (torch.bfloat16, torch.float32), (1000, 8192)
     ):
-        shape = Shape(tokens, width, heads=8, kv_heads=2, dtype=dtype)
-        tensors = shape.tensors()
-        if tokens == 1000:  # every channel as strong as the bound allows, and nearly none, in turn
-            tensors["gate"] = torch.where(torch.rand_like(tensors["gate"]) < 0.5, -100.0, 20.0)
-        double = {name: t.double() for name, t in tensors.items()}
-        expected = linear_attention_mixer(**double, backend="torch")
-        torch_form = linear_attention_mixer(**tensors, backend="torch")
-        allocate, kernels.allocate = kernels.allocate, poisoned
-        result = run_kernels(tensors)
-        kernels.allocate = allocate
-        for what, ours, theirs, truth in (
-            ("output", result["output"], torch_form[0], expected[0]),
-            ("state", result["final"], torch_form[1], expected[1]),
-        ):
-            row = {
-                "width": width, "dtype": str(dtype), "tokens": tokens, "what": what,
-                "kernels": relative_error(ours, truth), "torch": relative_error(theirs, truth),
-            }  # fmt: skip
-            rows.append(row)
-            print(
-                f"D=F={width} {dtype} T={tokens} {what}: kernels {row['kernels']['max']:.1e} / "
-                f"{row['kernels']['rms']:.1e}, torch form {row['torch']['max']:.1e} / "
-                f"{row['torch']['rms']:.1e}",
-                flush=True,
-            )
-    RESULTS["correctness"] = rows
+        for kind in ("trained", "strong"):
+            shape = Shape(tokens, width, heads=8, kv_heads=2, dtype=dtype)
+            tensors = shape.tensors()
+            if kind == "strong":  # each channel as strong as the bound allows, or nearly none
+                strong = torch.rand_like(tensors["gate"]) < 0.5
+                tensors["gate"] = torch.where(strong, -100.0, 20.0)
+                del strong
+            generator = torch.Generator("cuda").manual_seed(1)
+            output_weights = torch.randn(tensors["q"].shape, generator=generator, device="cuda")
+            state_weights = torch.randn(8, width, width + 1, generator=generator, device="cuda")
+            weights = (output_weights, state_weights)
+            double = {name: t.double() for name, t in tensors.items()}
+            expected = gradients(double, *weights, "torch")
+            theirs = gradients(tensors, *weights, "torch")
+            allocate, kernels.allocate = kernels.allocate, poisoned
+            try:
+                ours = gradients(tensors, *weights, "triton")
+            finally:
+                kernels.allocate = allocate
+            cells = []
+            for what in ours:
+                truth = expected[what]
+                row = {
+                    "width": width, "dtype": str(dtype), "tokens": tokens, "kind": kind, "what": what,
+                    "kernels": relative_error(ours[what], truth), "torch": relative_error(theirs[what], truth),
+                }  # fmt: skip
+                RESULTS["correctness"].append(row)
+                cells.append(f"{what} {row['kernels']['max']:.1e} ({row['torch']['max']:.1e})")
+            print(f"D=F={width} {dtype} T={tokens} {kind}: " + ", ".join(cells), flush=True)
+            del double, expected, theirs, ours
+            torch.cuda.empty_cache()
 
 
 def poisoned(size: Any, **options: Any) -> Tensor:
@@ -213,6 +234,60 @@ def split(arguments: argparse.Namespace) -> None:
             times = kernel_split(lambda t=tensors: run_kernels(t))
             RESULTS["split"].append({"width": width, "tokens": tokens, "microseconds": times})
             print(f"D=F={width} T={tokens}: " + ", ".join(f"{k} {v}" for k, v in times.items()))
+
+
+def training(arguments: argparse.Namespace) -> None:
+    """Time forward and backward together against PyTorch operations, and fla's chunk_gla where it is there."""
+    try:
+        from fla.ops.gla import chunk_gla
+    except ImportError:
+        chunk_gla = None
+        print("fla is not installed: no figures of chunk_gla")
+    shapes = [Shape(t, w) for w in arguments.widths for t in arguments.lengths if t <= 32768]
+    shapes.append(Shape(1024, 64, batch=16, heads=9, kv_heads=3))  # a training step of SmolLM2-135M
+    RESULTS["training"] = []
+    for shape in shapes:
+        tensors = {name: t.requires_grad_() for name, t in shape.tensors().items()}
+        weights = torch.randn_like(tensors["q"])
+
+        def step(function: Callable[[], Tensor], t: dict[str, Tensor] = tensors, w: Tensor = weights) -> None:
+            torch.autograd.grad(function(), list(t.values()), w)
+
+        def with_fla(t: dict[str, Tensor] = tensors) -> Tensor:
+            heads = t["map_weight"].shape[0]
+            k, v, gate = (fused._repeat_heads(t[name], heads) for name in ("k", "v", "gate"))
+            log_decay = (torch.nn.functional.logsigmoid(gate) / 16).clamp(min=-2.5)
+            q = fused.causal_conv1d(t["q"].flatten(2), t["q_taps"])[0].view_as(t["q"])
+            k = fused.causal_conv1d(k.flatten(2), t["k_taps"])[0].view_as(k)
+            q, k = (fused.hedgehog_feature_map(x, t["map_weight"]).to(v.dtype) for x in (q, k))
+            ones = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+            read = chunk_gla(q, k, ones, g=log_decay, scale=1.0)[0]
+            return read[..., :-1] / (read[..., -1:] + 1e-6)
+
+        calls = {
+            "ours": lambda t=tensors: linear_attention_mixer(**t, backend="triton")[0],
+            "torch": lambda t=tensors: linear_attention_mixer(**t, backend="torch")[0],
+        }
+        if chunk_gla is not None:
+            calls["fla"] = with_fla
+        row: dict[str, Any] = {"width": shape.width, "tokens": shape.tokens, "batch": shape.batch}
+        for name, call in calls.items():
+            try:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                row[name] = milliseconds(lambda c=call: step(c), 20 if name == "ours" else 5, graph=False)
+                row[f"{name} MB"] = torch.cuda.max_memory_allocated() // 2**20
+            except torch.cuda.OutOfMemoryError:
+                row[name] = {"median": float("nan")}
+        row["kernels"] = kernel_split(lambda: step(calls["ours"]), 5)  # noqa: B023
+        RESULTS["training"].append(row)
+    print("\n# forward and backward, bf16; ms (peak MB)\n")
+    for row in RESULTS["training"]:
+        cells = [
+            f"{n} {row[n]['median']:.2f} ({row.get(n + ' MB')})" for n in ("ours", "torch", "fla") if n in row
+        ]
+        print(f"D=F={row['width']} B={row['batch']} T={row['tokens']}: " + ", ".join(cells))
+        print("    " + ", ".join(f"{name[:40]} {t}" for name, t in list(row["kernels"].items())[:12]))
 
 
 def candidates(width: int, chunks: list[int]) -> list[tuple[int, Tuning]]:
@@ -300,23 +375,38 @@ def sweep(arguments: argparse.Namespace) -> None:
 
 
 def first(arguments: argparse.Namespace) -> None:
-    """Time the first call in a fresh process with nothing compiled."""
+    """Time the first call, and the first with gradients, in a fresh process with nothing compiled."""
     if arguments.share:
         tensors = Shape(2048, arguments.widths[0]).tensors()
         torch.cuda.synchronize()
         started = time.perf_counter()
         run_kernels(tensors)
         torch.cuda.synchronize()
-        print(f"first forward, D=F={arguments.widths[0]}: {time.perf_counter() - started:.1f} s", flush=True)
+        forward_seconds = time.perf_counter() - started
+        leaves = {name: t.requires_grad_() for name, t in tensors.items()}
+        linear_attention_mixer(**leaves, backend="triton")[0].sum().backward()
+        torch.cuda.synchronize()
+        print(
+            f"D=F={arguments.widths[0]}: first forward {forward_seconds:.1f} s, "
+            f"then first training step {time.perf_counter() - started - forward_seconds:.1f} s",
+            flush=True,
+        )
         return
-    print("\n# first call, nothing compiled")
+    print("\n# first call, nothing compiled", flush=True)
     for width in arguments.widths:
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, __file__, "--parts", "first", "--share", "0/1", "--widths", str(width)]
             subprocess.run(command, env={**os.environ, "TRITON_CACHE_DIR": folder}, check=True)
 
 
-PARTS = {"correctness": correctness, "forward": forward, "split": split, "sweep": sweep, "first": first}
+PARTS = {
+    "correctness": correctness,
+    "forward": forward,
+    "split": split,
+    "training": training,
+    "sweep": sweep,
+    "first": first,
+}
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...errors import BackendError
 from .backward import (
     gate_gradient_kernel,
     key_gradient_kernel,
@@ -195,7 +196,13 @@ def launch(
     **constants: Any,
 ) -> None:
     """Run a kernel on a grid of one dimension."""
-    kernel[(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages, maxnreg=registers)
+    try:
+        kernel[(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages, maxnreg=registers)
+    except triton.runtime.errors.OutOfResources as error:
+        raise BackendError(
+            f"{kernel.fn.__name__} needs more of the GPU than it has: {error}. Use backend='torch' (for a "
+            "whole program, the environment variable LAWCAT_BACKEND=torch)."
+        ) from error
 
 
 def decay_sums(plan: Plan) -> Tensor:

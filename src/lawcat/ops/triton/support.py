@@ -12,6 +12,8 @@ from torch import Tensor
 _OLDEST_TRITON = (3, 6)
 # Ampere: the first with bfloat16 products.
 _OLDEST_CAPABILITY = (8, 0)
+# What fits into a multiprocessor: by whether it is float32, and whether there are gradients.
+_WIDEST = {(False, False): 256, (False, True): 128, (True, False): 128, (True, True): 64}
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -72,9 +74,9 @@ def unsupported_because(
         tensor is not None and tensor.requires_grad for tensor in (q, k, v, gate, *others)
     )
     widest = max(q.shape[3], value_dim, feature_dim)
-    limit = 128 if needs_gradient or q.dtype == torch.float32 else 256
+    limit = _WIDEST[torch.float32 in (q.dtype, k.dtype, v.dtype), needs_gradient]
     if widest > limit:
-        what = "gradients" if needs_gradient else str(q.dtype)
+        what = f"{q.dtype} with gradients" if needs_gradient else str(q.dtype)
         return f"a width is {widest}; for {what} the kernels take up to {limit}"
     if feature_dim % 2:
         return f"feature_dim={feature_dim} is odd; the kernels take even ones"
