@@ -67,7 +67,7 @@ def test_lengths_of_one_model_alone_and_crashed_cells_are_left_out():
     [
         ((None, None, None), [("b", "a"), ("c", "a")]),
         (("teacher", "baseline", "student"), [("c", "a"), ("c", "b")]),
-        (("student", "teacher", "student"), [("a", "b"), ("c", "b")]),
+        (("student", "teacher", "student"), [("a", "b"), ("a", "c"), ("c", "b")]),
         (("student", "student", "student"), [("b", "a"), ("c", "a")]),
     ],
 )

@@ -70,7 +70,7 @@ class Comparison:
 
 
 def compare_models(payloads: Sequence[Payload]) -> list[Comparison]:
-    """Return, task by task, every student against every baseline.
+    """Return, task by task, every student against every baseline, and against the students after it.
 
     Students are the models whose results say `"kind": "student"`. Where all or none say so, every other model
     is compared with the first.
@@ -138,5 +138,9 @@ def _pairs(payloads: Sequence[Payload]) -> list[tuple[Payload, Payload]]:
     students = [payload for payload in payloads if payload.get("kind") == "student"]
     baselines = [payload for payload in payloads if payload.get("kind") != "student"]
     if not students or not baselines:
-        students, baselines = list(payloads[1:]), list(payloads[:1])
-    return [(student, baseline) for student in students for baseline in baselines]
+        return [(payload, payloads[0]) for payload in payloads[1:]]
+    return [
+        (student, other)
+        for number, student in enumerate(students, start=1)
+        for other in [*baselines, *students[number:]]
+    ]
