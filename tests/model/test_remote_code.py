@@ -19,12 +19,12 @@ from lawcat import LawcatConfig, LawcatForCausalLM, LawcatModel
 from lawcat.errors import CheckpointError
 from lawcat.model.remote_code import write_remote_code
 
-# Nothing of lawcat can be imported, as if it were not installed.
+# Neither lawcat nor triton can be imported, as if they were not installed.
 BLOCK = """
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "lawcat":
+        if name.partition(".")[0] in ("lawcat", "triton"):
             raise ModuleNotFoundError(f"No module named {name!r}")
 sys.meta_path.insert(0, Block())
 try:
@@ -90,6 +90,30 @@ assert "lawcat" not in sys.modules
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+def test_the_kernels_are_not_there_without_lawcat(saved: Path, tmp_path: Path) -> None:
+    """Also with triton: 'auto' is PyTorch, and who asks for the kernels is told where they are."""
+    code = (
+        BLOCK.replace('("lawcat", "triton")', '("lawcat",)')
+        + """
+import importlib, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+backend = importlib.import_module(type(model).__module__.replace("modeling_lawcat", "lawcat_ops_backend"))
+assert backend.choose_backend("auto", "cuda") == "torch"
+tokens = torch.tensor([[3, 4, 5]])
+with backend.use_backend("torch"):
+    model(tokens)
+with backend.use_backend("triton"):
+    model(tokens)
+"""
+    )
+    result = python(code, saved, cache=tmp_path / "modules")
+    assert result.returncode != 0
+    assert "BackendError: use_backend='triton' cannot run: the kernels come with the package lawcat" in (
+        result.stderr
+    )
+
+
 def test_it_is_not_run_without_trust(saved: Path, tmp_path: Path) -> None:
     code = BLOCK + "from transformers import AutoConfig; AutoConfig.from_pretrained(sys.argv[1])"
     result = python(code, saved, cache=tmp_path / "modules")
@@ -138,6 +162,7 @@ def test_every_import_is_of_a_file_beside_it_or_of_a_dependency(saved: Path) -> 
 def test_only_what_the_model_needs_is_written(saved: Path) -> None:
     names = {path.name for path in saved.glob("*.py")}
     assert "lawcat_ops_chunked.py" in names
+    assert [name for name in names if "triton" in name] == ["lawcat_ops_triton.py"]
     assert not any("remote_code" in name or "register" in name for name in names)
 
 

@@ -5,6 +5,8 @@ dot deep. So the modules of ``model`` and ``ops`` that the model needs are writt
 ``lawcat.ops.backend`` as ``lawcat_ops_backend.py``, and ``from ..ops.backend import x`` as ``from
 .lawcat_ops_backend import x``. Where lawcat is imported its own classes are used, and these files are not
 looked at.
+
+The kernels stay in lawcat: in place of ``ops/triton`` is one file that says so, and the forms in PyTorch run.
 """
 
 from __future__ import annotations
@@ -25,6 +27,20 @@ AUTO_MAP = {
 _ENTRANCE = "lawcat.model.modeling_lawcat"
 # These two keep their names, by which transformers' users know what they are.
 _FILE_NAMES = {_ENTRANCE: "modeling_lawcat", "lawcat.model.configuration_lawcat": "configuration_lawcat"}
+_KERNELS = "lawcat.ops.triton"
+# Imports inside functions are of this file too, since transformers copies what it finds imported. They are not
+# reached.
+_NO_KERNELS = '''"""The fused kernels are in the package lawcat; without it the forms in PyTorch run."""
+
+from types import SimpleNamespace
+
+
+def _missing(*unused: object, **unused_too: object) -> str:
+    return "the kernels come with the package lawcat, which is not installed"
+
+
+support = SimpleNamespace(missing=_missing, unsupported_because=_missing)
+'''
 _HEADER = f"# Written by lawcat {__version__} (Apache-2.0); the original is in its package.\n"
 
 
@@ -73,11 +89,19 @@ def _flat_modules() -> dict[str, str]:
 
 
 def _flat_name(module: str) -> str:
+    if _is_of_kernels(module):
+        return _KERNELS.replace(".", "_")
     return _FILE_NAMES.get(module, module.replace(".", "_"))
+
+
+def _is_of_kernels(module: str) -> bool:
+    return f"{module}.".startswith(f"{_KERNELS}.")
 
 
 def _flatten(module: str) -> tuple[str, list[str]]:
     """Return a module's source with flat relative imports, and the modules these are of."""
+    if _is_of_kernels(module):
+        return _HEADER + _NO_KERNELS, []
     spec = importlib.util.find_spec(module)
     assert spec is not None
     assert spec.origin is not None
