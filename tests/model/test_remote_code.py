@@ -90,8 +90,11 @@ assert "lawcat" not in sys.modules
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-def test_the_kernels_are_not_there_without_lawcat(saved: Path, tmp_path: Path) -> None:
+def test_the_kernels_are_not_there_without_lawcat(tmp_path: Path) -> None:
     """Also with triton: 'auto' is PyTorch, and who asks for the kernels is told where they are."""
+    place = tmp_path / "student"
+    model_of(VARIANTS["paper"], torch.float32).save_pretrained(place)
+    write_remote_code(place)
     code = (
         BLOCK.replace('("lawcat", "triton")', '("lawcat",)')
         + """
@@ -107,7 +110,7 @@ with backend.use_backend("triton"):
     model(tokens)
 """
     )
-    result = python(code, saved, cache=tmp_path / "modules")
+    result = python(code, place, cache=tmp_path / "modules")
     assert result.returncode != 0
     assert "BackendError: use_backend='triton' cannot run: the kernels come with the package lawcat" in (
         result.stderr

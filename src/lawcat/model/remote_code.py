@@ -28,8 +28,7 @@ _ENTRANCE = "lawcat.model.modeling_lawcat"
 # These two keep their names, by which transformers' users know what they are.
 _FILE_NAMES = {_ENTRANCE: "modeling_lawcat", "lawcat.model.configuration_lawcat": "configuration_lawcat"}
 _KERNELS = "lawcat.ops.triton"
-# Imports inside functions are of this file too, since transformers copies what it finds imported. They are not
-# reached.
+# In place of all of its files. What functions import from them is looked for here, and not reached.
 _NO_KERNELS = '''"""The fused kernels are in the package lawcat; without it the forms in PyTorch run."""
 
 from types import SimpleNamespace
