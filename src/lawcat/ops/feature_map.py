@@ -26,8 +26,8 @@ def hedgehog_feature_map(u: Tensor, weight: Tensor) -> Tensor:
         [[[[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5]]]]
     """
     num_heads, head_dim, half = weight.shape
-    batch, tokens = u.shape[:2]
-    grouped = at_least_float32(u).reshape(batch, tokens, num_heads, -1, head_dim)
+    batch, tokens, heads = u.shape[:3]
+    grouped = at_least_float32(u).reshape(batch, tokens, num_heads, heads // num_heads, head_dim)
     projected = torch.einsum("btgrd,gdf->btgrf", grouped, at_least_float32(weight))
     features = torch.cat([projected.softmax(-1), (-projected).softmax(-1)], dim=-1)
-    return features.reshape(batch, tokens, u.shape[2], 2 * half)
+    return features.reshape(batch, tokens, heads, 2 * half)

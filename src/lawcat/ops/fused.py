@@ -166,7 +166,7 @@ def _check(
     sequences = batch
     if boundaries is not None:
         sequences = len(boundaries) - 1
-        rises = all(a <= b for a, b in itertools.pairwise(boundaries))
+        rises = all(a < b for a, b in itertools.pairwise(boundaries))
         if batch != 1 or sequences < 1 or boundaries[0] != 0 or boundaries[-1] != tokens or not rises:
             raise ValueError(
                 f"boundaries are {boundaries}; for q {tuple(q.shape)} they must rise from 0 to T, with B = 1."

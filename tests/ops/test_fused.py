@@ -1,0 +1,79 @@
+"""The mixer composed of PyTorch operations: what it gives, what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mixer_cases import MixerCase, answer, run
+
+from comparison import assert_near
+from lawcat.ops import gated_linear_attention
+from lawcat.ops.fused import linear_attention_mixer
+
+CASES = (
+    MixerCase(1),
+    MixerCase(3, taps=2),
+    MixerCase(70, heads=4, kv_heads=2, state_heads=4, batch=2),
+    MixerCase(33, heads=4, kv_heads=2, state_heads=2, feature_dim=20, width=12),
+    MixerCase(33, taps=None, has_state=False, gate_width=1),
+    MixerCase(33, gate_is_logit=False, normalize=False, min_log_decay=-5.0, gate_scale=3.0),
+    MixerCase(33, batch=2, padding=5),
+    MixerCase(40, boundaries=(0, 2, 3, 30, 40)),
+)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_composition(case: MixerCase, backend: str) -> None:
+    def function(**arguments: object) -> object:
+        return linear_attention_mixer(**arguments, backend=backend)
+
+    results = run(function, case, torch.float64)
+    assert results.keys() == answer(case).keys()
+    for what, actual in results.items():
+        assert_near(actual, answer(case)[what], 1e-12, what)
+
+
+def call(**changes: object) -> None:
+    tensors: dict[str, object] = MixerCase(5, heads=4, kv_heads=2, state_heads=4).tensors()
+    linear_attention_mixer(**(tensors | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": torch.zeros(1, 5, 64)}, r"q and k must have four dimensions .*; got 3, 4 and 3"),
+        ({"q": torch.zeros(1, 5, 3, 16)}, "q has 3 heads, map_weight 4 and k 2; each must be a multiple"),
+        ({"map_weight": torch.zeros(1, 16, 8)}, "map_weight 1 and k 2"),
+        ({"k": torch.zeros(1, 6, 2, 16)}, r"k is \(1, 6, 2, 16\); .* it must be \[1, 5, 2, 16\]"),
+        ({"v": torch.zeros(1, 5, 4, 16)}, r"v is \(1, 5, 4, 16\); .* \[1, 5, 2, any\]"),
+        ({"gate": torch.zeros(1, 5, 2, 8)}, r"gate is .* \[1, 5, 2, 16\]"),
+        ({"q_taps": torch.zeros(64, 3)}, r"k_taps is \(64, 4\); .* \[64, 3\]"),
+        ({"k_taps": None}, "q_taps and k_taps come together"),
+        ({"k_inputs": None}, "q_inputs and k_inputs come together"),
+        ({"initial_state": torch.zeros(1, 4, 16, 16)}, r"initial_state is .* \[1, 4, 16, 17\]"),
+        ({"mask": torch.ones(1, 4)}, r"mask is \(1, 4\)"),
+        ({"mask": torch.ones(1, 5, device="meta")}, "mask is on meta and q on cpu"),
+        ({"boundaries": (0, 3)}, r"boundaries are \(0, 3\); .* must rise from 0 to T"),
+        ({"boundaries": (0, 4, 3, 5)}, "must rise"),
+        ({"boundaries": (0, 4, 4, 5)}, "must rise"),
+        ({"eps": 0.0}, "eps=0.0 must be above 0"),
+        ({"backend": "tritn"}, "Did you mean 'triton'"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
+
+
+def test_the_operator_is_part_of_it() -> None:
+    """Without convolution and with a map that gives known features, the mixer is the operator."""
+    case = MixerCase(9, taps=None, has_state=False)
+    tensors = {name: tensor.detach() for name, tensor in case.tensors().items()}
+    tensors["map_weight"] = torch.zeros_like(tensors["map_weight"])  # all features 1/8
+    output = linear_attention_mixer(**tensors)[0]
+    even = torch.full((1, 9, 2, 16), 1 / 8, dtype=torch.float64)
+    log_decay = (torch.nn.functional.logsigmoid(tensors["gate"]) / 16).expand(-1, -1, 2, -1)
+    values = tensors["v"].expand(-1, -1, 2, -1)
+    assert_near(output, gated_linear_attention(even, even, values, log_decay)[0], 1e-12)

@@ -1,0 +1,324 @@
+"""The kernels against the definition in float64: Triton's interpreter on a CPU, the device on a GPU.
+
+All that they allocate is filled with NaN first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import DECAYS, GRADIENTS, Case
+from attention_cases import answer as operator_answer
+from attention_cases import run as run_operator
+from mixer_cases import MixerCase, answer, run
+from torch import Tensor
+
+from comparison import assert_near
+from lawcat.errors import BackendError
+from lawcat.ops import backend, explain, gated_linear_attention, use_backend
+from lawcat.ops.fused import linear_attention_mixer
+
+triton = pytest.importorskip("triton")
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU and not triton.knobs.runtime.interpret:
+    pytest.skip("triton was imported without its interpreter", allow_module_level=True)
+
+from lawcat.ops.triton import mixer, support  # noqa: E402
+from lawcat.ops.triton.configurations import choose_configuration  # noqa: E402
+
+DEVICE = "cuda" if HAS_GPU else "cpu"
+on_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 2e-2}
+GRADIENT_TOLERANCE = {torch.float32: 5e-5, torch.float16: 5e-2, torch.bfloat16: 5e-2}
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_of_nan(size: Any, **options: Any) -> Tensor:
+        return torch.full(size, float("nan"), **options)
+
+    monkeypatch.setattr(mixer, "allocate", full_of_nan)
+
+
+@pytest.fixture
+def short_segments(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Chunks of 16 tokens and segments of one (or of two), so that few tokens cross borders."""
+    segment = getattr(request, "param", 16)
+
+    def choose(*arguments: Any) -> Any:
+        table = choose_configuration(*arguments)
+        return dataclasses.replace(
+            table, chunk=16, segment=segment, gradient_chunk=16, sub_block=min(16, table.sub_block)
+        )
+
+    monkeypatch.setattr(mixer, "choose_configuration", choose)
+
+
+def kernels(**arguments: Any) -> Any:
+    return linear_attention_mixer(**arguments, backend="triton")
+
+
+def check(case: MixerCase, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    results = run(kernels, case, dtype, DEVICE)
+    expected = answer(case, dtype)
+    assert results.keys() == expected.keys()
+    for what, actual in results.items():
+        tolerance = (GRADIENT_TOLERANCE if what.startswith("gradient") else TOLERANCE)[dtype]
+        assert_near(actual.cpu(), expected[what], tolerance, what)
+    return results
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4, 63, 64, 65])
+def test_lengths(tokens: int) -> None:
+    check(MixerCase(tokens))
+
+
+@pytest.mark.usefixtures("short_segments")
+@pytest.mark.parametrize("short_segments", [32], indirect=True)
+@pytest.mark.parametrize("tokens", [32, 65])
+def test_borders(tokens: int) -> None:
+    check(MixerCase(tokens))
+
+
+@pytest.mark.usefixtures("short_segments")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"heads": 4, "kv_heads": 1, "state_heads": 4},
+        {"heads": 4, "kv_heads": 2, "state_heads": 2},
+        {"heads": 4, "kv_heads": 1, "state_heads": 2},
+        {"heads": 8, "kv_heads": 1, "state_heads": 1},
+        {"kv_heads": 2},
+        {"batch": 2},
+        {"gate_width": 1},
+        {"gate_width": 1, "heads": 4, "state_heads": 2},
+        {"taps": None},
+        {"taps": 2},
+        {"taps": 6},
+        {"has_state": False},
+        {"normalize": False},
+        {"width": 12, "feature_dim": 20},
+        {"width": 6, "feature_dim": 2},
+        {"gate_is_logit": False},
+        {"batch": 2, "padding": 5},
+        {"batch": 2, "padding": 19},
+        {"batch": 2, "padding": 5, "has_state": False, "taps": None},
+    ],
+    ids=str,
+)
+def test_variants(fields: dict[str, Any]) -> None:
+    check(MixerCase(20, **fields))
+
+
+@pytest.mark.usefixtures("short_segments")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"gate_scale": 100.0, "min_log_decay": -2.5},
+        {"gate_scale": 300.0, "min_log_decay": -10.0},
+        {"gate_scale": 100.0, "min_log_decay": -5.0, "heads": 4, "state_heads": 2},
+        {"gate_scale": 20.0, "min_log_decay": -40.0, "gate_is_logit": False},
+        {"gate_scale": 1e-6, "gate_is_logit": False},
+        {"gate_scale": 0.0, "gate_is_logit": False},
+    ],
+    ids=str,
+)
+def test_decays(fields: dict[str, Any]) -> None:
+    check(MixerCase(20, **fields))
+
+
+@pytest.mark.usefixtures("short_segments")
+@pytest.mark.parametrize(
+    ("boundaries", "fields"),
+    [((0, 20), {}), ((0, 1, 3, 20), {}), ((0, 16, 20), {"has_state": False, "heads": 4})],
+    ids=str,
+)
+def test_packed_sequences(boundaries: tuple[int, ...], fields: dict[str, Any]) -> None:
+    check(MixerCase(20, boundaries=boundaries, **fields))
+
+
+@pytest.mark.usefixtures("short_segments")
+def test_a_sequence_in_pieces() -> None:
+    whole = MixerCase(24)
+    tensors = {name: t.detach().float().to(DEVICE) for name, t in whole.tensors().items()}
+    carried = {name: tensors.pop(name) for name in ("initial_state", "q_inputs", "k_inputs")}
+    by_token = {name: tensors.pop(name) for name in ("q", "k", "v", "gate")}
+    outputs = []
+    for piece in zip(*(t.split([1, 2, 17, 4], dim=1) for t in by_token.values()), strict=True):
+        output, *after = kernels(**dict(zip(by_token, piece, strict=True)), **tensors, **carried)
+        carried = dict(zip(carried, after, strict=True))
+        outputs.append(output)
+    assert_near(torch.cat(outputs, dim=1).cpu(), answer(whole)["output"], 1e-5, "output")
+    for name, after in zip(("state", "q_inputs", "k_inputs"), carried.values(), strict=True):
+        assert_near(after.cpu(), answer(whole)[name], 1e-5, name)
+
+
+@pytest.mark.usefixtures("short_segments")
+@pytest.mark.parametrize(
+    "decay", DECAYS if HAS_GPU else ["none", "moderate", "-100", "-inf, 0 or slow", "everything"]
+)
+def test_the_operator_on_features(decay: str) -> None:
+    case = Case(20, decay, 2, 1, batch=1, feature_dim=6, value_dim=5)
+
+    def function(*tensors: Tensor, initial_state: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+        moved = [tensor.to(DEVICE) for tensor in tensors]
+        output, state = gated_linear_attention(
+            *moved, initial_state=initial_state.to(DEVICE), normalize=normalize, backend="triton"
+        )
+        return output.cpu(), state.cpu()
+
+    for what, actual in run_operator(function, case, torch.float32).items():
+        # Sums over a chunk that holds resets have fewer digits.
+        tolerance = 1e-4 if "100" in decay or "inf" in decay or "every" in decay else 2e-5
+        least = 1.0 if what in GRADIENTS else 0.0
+        assert_near(actual, operator_answer(case)[what], tolerance, what, least_scale=least)
+
+
+@pytest.mark.usefixtures("short_segments")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision(dtype: torch.dtype) -> None:
+    results = check(MixerCase(20), dtype)
+    assert results["output"].dtype == dtype
+    assert results["state"].dtype == torch.float32
+    assert results["gradient of gate"].dtype == dtype
+
+
+@pytest.mark.usefixtures("short_segments")
+def test_the_same_each_time() -> None:
+    first, second = (
+        run(kernels, MixerCase(17, heads=1, state_heads=1), torch.float32, DEVICE) for _ in range(2)
+    )
+    assert all(torch.equal(first[what], second[what]) for what in first)
+
+
+def test_inputs_laid_out_in_any_way() -> None:
+    tensors = {name: t.detach().float().to(DEVICE) for name, t in MixerCase(9).tensors().items()}
+    expected = kernels(**tensors)[0]
+    tensors["q"] = tensors["q"].transpose(1, 2).contiguous().transpose(1, 2)
+    tensors["v"] = torch.cat([tensors["v"], tensors["v"]], dim=-1)[..., :16]
+    assert torch.equal(kernels(**tensors)[0], expected)
+
+
+def test_nothing_to_do() -> None:
+    tensors = {name: t.detach().float().to(DEVICE) for name, t in MixerCase(4).tensors().items()}
+    for name in ("q", "k", "v", "gate"):
+        tensors[name] = tensors[name][:, :0]
+    output, state, _, _ = kernels(**tensors)
+    assert output.shape == (1, 0, 2, 16)
+    assert torch.equal(state, tensors["initial_state"])
+
+
+def tensors_of(dtype: torch.dtype = torch.float32, **fields: Any) -> dict[str, Tensor]:
+    return {name: t.detach().to(DEVICE, dtype) for name, t in MixerCase(4, **fields).tensors().items()}
+
+
+def test_what_the_kernels_refuse() -> None:
+    with pytest.raises(BackendError, match=r"backend='triton' cannot run: q is torch.float64; .* bfloat16"):
+        kernels(**tensors_of(torch.float64))
+    with pytest.raises(BackendError, match=r"a width is 300; .*float32 the kernels take up to 128"):
+        kernels(**tensors_of(width=300))
+    wide = tensors_of(width=80)
+    wide["v"].requires_grad_()
+    with pytest.raises(BackendError, match="with gradients the kernels take up to 64"):
+        kernels(**wide)
+    inputs = tensors_of()
+    inputs["q_inputs"].requires_grad_()
+    with pytest.raises(BackendError, match="q_inputs or k_inputs requires a gradient"):
+        kernels(**inputs)
+    x = torch.rand(1, 3, 1, 4, device=DEVICE)
+    with pytest.raises(ValueError, match="it must be at most 0"):
+        gated_linear_attention(x, x, x, x, backend="triton")
+    with use_backend("triton"), pytest.raises(BackendError, match="use_backend='triton' cannot run"):
+        linear_attention_mixer(**tensors_of(torch.float64))
+
+
+def test_auto_falls_back_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.delenv(backend.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(backend, "_fallbacks", {})
+    monkeypatch.setattr(backend, "_choose", lambda *_, **__: ("triton", None))  # as "auto" on a GPU
+    for _ in range(2):
+        output, *_ = linear_attention_mixer(**tensors_of(torch.float64))
+    assert output.dtype == torch.float64
+    messages = [str(w.message) for w in recwarn if "kernels" in str(w.message)]
+    assert len(messages) == 1
+    assert "lawcat's kernels are not used: q is torch.float64" in messages[0]
+    assert "fell back to torch: q is torch.float64" in explain()
+
+
+@pytest.mark.skipif(HAS_GPU, reason="of machines without a GPU")
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    support.missing.cache_clear()
+    monkeypatch.delenv("TRITON_INTERPRET")
+    try:
+        with pytest.raises(BackendError, match="there is no CUDA device"):
+            kernels(**tensors_of())
+        assert "triton: fused kernels for NVIDIA GPUs, differentiable (not available:" in explain()
+        assert backend.choose_backend() == "torch"
+    finally:
+        support.missing.cache_clear()
+
+
+# Larger than an interpreter can do.
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [32, 64, 96, 128])
+@pytest.mark.parametrize("tokens", [1, 63, 65, 1000])
+def test_real_widths(tokens: int, width: int, dtype: torch.dtype) -> None:
+    if dtype == torch.float32 and width > 64:
+        pytest.skip("no gradients of this width in float32")
+    check(MixerCase(tokens, heads=4, kv_heads=2, state_heads=4, width=width, feature_dim=width), dtype)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("state_heads", [2, 8])
+def test_8192_tokens(state_heads: int, dtype: torch.dtype) -> None:
+    case = MixerCase(8192, heads=8, kv_heads=2, state_heads=state_heads, width=64, feature_dim=64)
+
+    def by_torch(**arguments: Any) -> Any:
+        return linear_attention_mixer(**arguments, backend="torch")
+
+    expected = run(by_torch, case, torch.float64, DEVICE, dtype)
+    for what, actual in run(kernels, case, dtype, DEVICE).items():
+        tolerance = (GRADIENT_TOLERANCE if what.startswith("gradient") else TOLERANCE)[dtype]
+        assert_near(actual, expected[what], tolerance, what)
+
+
+@pytest.mark.gpu
+@on_gpu
+@torch.no_grad()
+def test_a_million_tokens() -> None:
+    """Finite, and near the same in float64."""
+    case = MixerCase(2**20, heads=1, kv_heads=1, state_heads=1, width=64, feature_dim=64, has_state=False)
+    tensors = {name: t.detach() for name, t in case.tensors(torch.float32, DEVICE).items()}
+    tensors["gate"] = tensors["gate"] + torch.linspace(0, 8, 64, device=DEVICE)
+    output, state, _, _ = kernels(**{n: t.bfloat16() if n in "qkv" else t for n, t in tensors.items()})
+    double = {n: (t.bfloat16() if n in "qkv" else t).double() for n, t in tensors.items()}
+    expected, expected_state, _, _ = linear_attention_mixer(**double, backend="torch")
+    assert torch.isfinite(output).all()
+    assert_near(output, expected, 1e-2, "output")
+    assert_near(state, expected_state, 1e-2, "state")
+
+
+@pytest.mark.gpu
+@on_gpu
+@torch.no_grad()
+def test_capture_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixer, "allocate", torch.empty)
+    tensors = tensors_of(torch.bfloat16, width=64, feature_dim=64)
+    expected = kernels(**tensors)[0]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = kernels(**tensors)[0]
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(output, expected)
