@@ -63,7 +63,9 @@ def by_the_book(attention: LawcatAttention, x: Tensor, is_real: Tensor | None = 
     if config.linear_rope:
         index = (is_real.cumsum(1) - 1).clamp(min=0)
         q, k = rotated(config, q, index), rotated(config, k, index)
-    log_decay = attention._log_decay(x).to(x.dtype) * keep
+    log_decay = x.new_zeros(*x.shape[:2], attention.num_kv_heads, 1)
+    if attention.config.gate != "none":
+        log_decay = attention.decay_gate.log_decay(attention.decay_gate(x)) * keep
     k, v, log_decay = (attention._repeat_to_state_heads(t) for t in (k, v, log_decay))
     q, k = q * keep, k * keep
     if config.use_conv:

@@ -100,7 +100,9 @@ class Layer:
     def step_by_modules(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         """One token in float64."""
         case = self.case
-        decay = self.gate(x) if case.gate != "none" else torch.zeros(case.B, 1, case.G, 1)
+        decay = torch.zeros(case.B, 1, case.G, 1)
+        if case.gate != "none":
+            decay = self.gate.log_decay(self.gate(x))
         repeats = case.N // case.G
         k, v, decay = (t.repeat_interleave(repeats, dim=2) for t in (k, v, decay))
         if self.q_conv is not None and self.k_conv is not None:

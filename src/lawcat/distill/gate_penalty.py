@@ -41,9 +41,9 @@ class GatePenalty:
             for handle in handles:
                 handle.remove()
 
-    def _add(self, gate: DecayGate, inputs: Any, log_decay: Tensor) -> None:
+    def _add(self, gate: DecayGate, inputs: Any, logits: Tensor) -> None:
         if torch.is_grad_enabled():
-            penalty = -log_decay.mean() * gate.divisor
+            penalty = -gate.log_decay(logits).mean() * gate.divisor
             self._sum = penalty if self._sum is None else self._sum + penalty
 
     def take(self, *, is_mean_over_layers: bool) -> Tensor | float:

@@ -36,8 +36,8 @@ class GateStatistics:
                 handle.remove()
 
     @torch.no_grad()
-    def _record(self, gate: DecayGate, inputs: Any, log_decay: Tensor) -> None:
-        channels = log_decay.detach().flatten(0, 1).flatten(1)  # [B*T, heads*width]
+    def _record(self, gate: DecayGate, inputs: Any, logits: Tensor) -> None:
+        channels = gate.log_decay(logits.detach()).flatten(0, 1).flatten(1)  # [B*T, heads*width]
         gradient = -torch.expm1(channels * gate.divisor)  # sigmoid(-logit)
         at_bound = (channels <= gate.min_log_decay).float().mean(0) > 0.5
         self._saturated.append((gradient.mean(0) < _SATURATED_GRADIENT) | at_bound)

@@ -16,9 +16,11 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
-from ..ops.backend import gated_linear_attention
+from ..ops.backend import choose_backend, gated_linear_attention, kernels_or_torch
+from ..ops.fused import linear_attention_mixer
 from ..ops.precision import without_autocast
 from ..ops.step import gated_linear_attention_step
+from ..ops.triton import support
 from ..ops.window import gated_linear_attention_sums
 from .cache import LinearAttentionState, SlidingWindowState
 from .configuration_lawcat import FULL, LINEAR, SLIDING, LawcatConfig
@@ -144,36 +146,150 @@ class LawcatAttention(nn.Module):
         it.
         """
         config = self.config
+        mask = None if mask is None else mask[:, -x.shape[1] :].expand(x.shape[0], -1)
         with without_autocast(x):
-            keep = None if mask is None else mask[:, -x.shape[1] :, None, None].to(q.dtype)
-            log_decay = self._log_decay(x)  # (5) [B, T, G, F or 1]
-            if keep is not None:
-                log_decay = log_decay * keep
-            near = None
-            if self.window is not None:
-                rotated = self._rotate(q, k, position_embeddings)
-                decays = None if config.gate == "none" else log_decay
-                near = self.window.read(q, k, v, rotated, mask, state, decays)
-                v = near.values  # the state takes in what leaves the window
+            logits = None if config.gate == "none" else self.decay_gate(x)
+            if self.window is not None or config.feature_map == "untied":
+                return self._composed(q, k, v, logits, position_embeddings, mask, state)
+            if state is not None and state.recurrent is not None and x.shape[1] == 1:
+                if not self._steps_in_place(q, k, v, logits, mask, state):
+                    return self._composed(q, k, v, logits, position_embeddings, mask, state)
+                return self._step_in_place(q, k, v, logits, position_embeddings, state)
             if config.linear_rope:
-                q, k = self._rotate(q, k, position_embeddings) if near is None else rotated
-            if keep is not None:
-                q, k = q * keep, k * keep
-            k, v, log_decay = (self._repeat_to_state_heads(t) for t in (k, v, log_decay))  # (2) [B, T, N, .]
-            q_inputs = k_inputs = None
-            if config.use_conv:  # (3)
-                q, q_inputs = self.q_conv(q, None if state is None else state.q_inputs)
-                k, k_inputs = self.k_conv(k, None if state is None else state.k_inputs)
-            q, k = self._features(q, k)  # (4) [B, T, H, F], [B, T, N, F]
-            if near is not None:
-                k = self._leave_window(k, near, state)
-            elif keep is not None:
-                k = k * keep
-            before = None if state is None else state.recurrent
-            output, after = self._read_and_update(q, k, v, log_decay, before, near)  # (6)
+                q, k = self._rotate(q, k, position_embeddings)
+            q_taps, k_taps = self._taps()
+            output, after, q_inputs, k_inputs = linear_attention_mixer(
+                q,  # [B, T, H, D]
+                k,  # [B, T, G, D]; (2) k, v and the gate are repeated to the state heads N
+                v,  # [B, T, G, D]
+                x.new_zeros(*k.shape[:3], 1, dtype=torch.float32) if logits is None else logits,
+                q_taps=q_taps,  # (3) u_t = sum_i taps[i] q_{t - K + 1 + i}, and the same of k
+                k_taps=k_taps,
+                map_weight=self.feature_map.weight,  # (4) phi(u) = [softmax(u W) ; softmax(-u W)]
+                gate_is_logit=logits is not None,  # (5) log a_t = logsigmoid(gate_t) / 16, bounded
+                gate_divisor=config.gate_divisor,
+                min_log_decay=config.min_log_decay,
+                normalize=config.use_normalizer,  # (6) S_t = a_t S_{t-1} + phi(k_t) [v_t, 1]
+                eps=config.normalizer_eps,  #         [n_t, z_t] = phi(q_t) S_t;  o_t = n_t / (z_t + eps)
+                mask=mask,
+                initial_state=None if state is None else state.recurrent,
+                q_inputs=None if state is None else state.q_inputs,
+                k_inputs=None if state is None else state.k_inputs,
+            )
             if state is not None:
                 state.store(after, q_inputs, k_inputs, num_tokens=x.shape[1])
         return output
+
+    def _composed(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        logits: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        state: LinearAttentionState | None,
+    ) -> Tensor:
+        """The same from its parts, for what the mixer does not do: a window, two maps, a single token."""
+        config = self.config
+        keep = None if mask is None else mask[:, :, None, None].to(q.dtype)
+        if logits is None:
+            log_decay = k.new_zeros(*k.shape[:3], 1, dtype=torch.float32)
+        else:
+            log_decay = self.decay_gate.log_decay(logits)  # (5) [B, T, G, F or 1]
+        if keep is not None:
+            log_decay = log_decay * keep
+        near = None
+        if self.window is not None:
+            rotated = self._rotate(q, k, position_embeddings)
+            near = self.window.read(q, k, v, rotated, mask, state, None if logits is None else log_decay)
+            v = near.values  # the state takes in what leaves the window
+        if config.linear_rope:
+            q, k = self._rotate(q, k, position_embeddings) if near is None else rotated
+        if keep is not None:
+            q, k = q * keep, k * keep
+        k, v, log_decay = (self._repeat_to_state_heads(t) for t in (k, v, log_decay))  # (2) [B, T, N, .]
+        q_inputs = k_inputs = None
+        if config.use_conv:  # (3)
+            q, q_inputs = self.q_conv(q, None if state is None else state.q_inputs)
+            k, k_inputs = self.k_conv(k, None if state is None else state.k_inputs)
+        q, k = self._features(q, k)  # (4) [B, T, H, F], [B, T, N, F]
+        if near is not None:
+            k = self._leave_window(k, near, state)
+        elif keep is not None:
+            k = k * keep
+        before = None if state is None else state.recurrent
+        output, after = self._read_and_update(q, k, v, log_decay, before, near)  # (6)
+        if state is not None:
+            state.store(after, q_inputs, k_inputs, num_tokens=q.shape[1])
+        return output
+
+    def _steps_in_place(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        logits: Tensor | None,
+        mask: Tensor | None,
+        state: LinearAttentionState,
+    ) -> bool:
+        """Return whether one token is taken by the kernel, which writes to the state's tensors.
+
+        It has no gradient, and what autograd may still need is not written over. It knows no padding: see
+        ``LawcatModel``.
+        """
+        if mask is not None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        if choose_backend("auto", q.device.type) != "triton":
+            return False
+        if any(t is not None and t.requires_grad for t in (state.recurrent, state.q_inputs, state.k_inputs)):
+            return False
+        unsupported = support.unsupported_because(
+            q,
+            k,
+            v,
+            q if logits is None else logits,
+            feature_dim=2 * self.feature_map.weight.shape[2],
+            value_dim=self.head_dim,
+        )
+        return kernels_or_torch("auto", q.device.type, unsupported)
+
+    def _step_in_place(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        logits: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        state: LinearAttentionState,
+    ) -> Tensor:
+        from ..ops.triton.decode_step import decode_step
+
+        config = self.config
+        if config.linear_rope:
+            q, k = self._rotate(q, k, position_embeddings)
+        state.make_contiguous()
+        assert state.recurrent is not None
+        output = decode_step(
+            q,
+            k,
+            v,
+            logits,
+            state.recurrent,
+            state.q_inputs,
+            state.k_inputs,
+            *self._taps(),
+            self.feature_map.weight,
+            gate_divisor=config.gate_divisor,
+            min_log_decay=config.min_log_decay,
+            normalize=config.use_normalizer,
+            eps=config.normalizer_eps,
+        )
+        state.count(1)
+        return output
+
+    def _taps(self) -> tuple[Tensor | None, Tensor | None]:
+        return (self.q_conv.weight, self.k_conv.weight) if self.config.use_conv else (None, None)
 
     def _rotate(
         self, q: Tensor, k: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
@@ -181,12 +297,6 @@ class LawcatAttention(nn.Module):
         assert position_embeddings is not None
         rotated: tuple[Tensor, Tensor] = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
         return rotated
-
-    def _log_decay(self, x: Tensor) -> Tensor:
-        if self.config.gate == "none":
-            return x.new_zeros(*x.shape[:2], self.num_kv_heads, 1, dtype=torch.float32)
-        log_decay: Tensor = self.decay_gate(x)
-        return log_decay
 
     def _repeat_to_state_heads(self, t: Tensor) -> Tensor:
         """[B, T, G, W] -> [B, T, N, W]; query head h reads group ``h // (H / G)``."""

@@ -18,7 +18,7 @@ from .configuration_lawcat import LINEAR, SLIDING, LawcatConfig
 
 
 class SlidingWindowState(CacheLayerMixin):
-    """The memory of a layer with a window, of one size. Its tensors are replaced and never written to.
+    """The memory of a layer with a window, of one size. These tensors are replaced and never written to.
 
     The last w entries of several streams, oldest first and zeros before the first token; and the sinks.
 
@@ -130,6 +130,10 @@ class SlidingWindowState(CacheLayerMixin):
 class LinearAttentionState(SlidingWindowState):
     """The memory of one linear layer, with a window or without.
 
+    The decoding kernel writes a single token into the three tensors below, where a GPU decodes without a
+    gradient: a tensor taken from here before a step may hold another state after it. ``LawcatCache.fork``
+    keeps one. All else replaces tensors.
+
     Attributes:
         recurrent: The state S [B, N, F, D + 1] in float32, or None before the first token.
         q_inputs: The last K - 1 inputs of q's convolution [B, H * D, K - 1], or None.
@@ -150,6 +154,13 @@ class LinearAttentionState(SlidingWindowState):
         """Take over the state after ``num_tokens`` more tokens."""
         self.recurrent, self.q_inputs, self.k_inputs = recurrent, q_inputs, k_inputs
         self.count(num_tokens)
+
+    def make_contiguous(self) -> None:
+        """Lay out the three tensors as a kernel that writes to them needs."""
+        for name in ("recurrent", "q_inputs", "k_inputs"):
+            tensor = getattr(self, name)
+            if tensor is not None and not tensor.is_contiguous():
+                setattr(self, name, tensor.contiguous())
 
 
 class LawcatCache(Cache):

@@ -63,8 +63,14 @@ class DecayGate(nn.Module):
         self.bias.copy_(self.initial_bias())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return log-decays [B, T, heads, width] in float32 for x [B, T, hidden]."""
+        """Return logits [B, T, heads, width] in float32 for x [B, T, hidden]: the gate before its activation.
+
+        The activation is part of what comes next, ``linear_attention_mixer``, which may fuse it.
+        """
         reduce, expand, bias = (at_least_float32(p) for p in (self.reduce, self.expand, self.bias))
         logits = F.linear(F.linear(at_least_float32(x), reduce), expand, bias)
-        log_decay = (F.logsigmoid(logits) / self.divisor).clamp(min=self.min_log_decay)
-        return log_decay.view(*x.shape[:2], self.num_heads, self.width)
+        return logits.view(*x.shape[:2], self.num_heads, self.width)
+
+    def log_decay(self, logits: Tensor) -> Tensor:
+        """Return the log-decays of logits, in their shape."""
+        return (F.logsigmoid(logits) / self.divisor).clamp(min=self.min_log_decay)

@@ -27,9 +27,10 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from ..ops.backend import choose_backend
 from .attention import LawcatAttention
 from .cache import LawcatCache
-from .configuration_lawcat import FULL, LawcatConfig
+from .configuration_lawcat import FULL, LINEAR, LawcatConfig
 from .convolution import CausalConvolution
 from .feature_map import FeatureMap
 from .gate import DecayGate
@@ -247,6 +248,9 @@ class LawcatModel(LawcatPreTrainedModel):
             tokens = inputs_embeds.shape[1]
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
             self._check_padding_mask(attention_mask, tokens, past + tokens, is_hybrid=FULL in types)
+            if LINEAR in masks and tokens == 1 and past and self._looks_at_masks(inputs_embeds):
+                # To look waits for the GPU, so it is done here and not in each layer.
+                masks[LINEAR] = None if bool((attention_mask[:, -1] != 0).all()) else attention_mask
         if FULL in types:
             masks[FULL] = create_causal_mask(
                 config=self.config,
@@ -256,6 +260,13 @@ class LawcatModel(LawcatPreTrainedModel):
                 position_ids=position_ids,
             )
         return masks
+
+    def _looks_at_masks(self, inputs_embeds: Tensor) -> bool:
+        """Return whether a token's mask is better left out where it is all ones: kernels decode without."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.config.sliding_window is not None:
+            return False
+        chosen: str = choose_backend("auto", inputs_embeds.device.type)
+        return chosen == "triton"
 
     def _check_padding_mask(
         self, attention_mask: Tensor, tokens: int, all_tokens: int, *, is_hybrid: bool
