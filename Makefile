@@ -16,7 +16,7 @@ else
   INSTALL_TORCH := $(BIN)/python -m pip install --quiet '$(TORCH)'
 endif
 
-.PHONY: demo test test-peers check clean help
+.PHONY: demo test test-gpu test-peers check clean help
 help:
 	@sed -n '1,7p' $(MAKEFILE_LIST)
 
@@ -47,6 +47,10 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	@$(BIN)/python tests/peers/fetch.py || echo "the peers' test suites could not be fetched; their tests skip"
 	$(BIN)/python -m pytest
+
+# On a machine with an NVIDIA GPU: the kernels on the device, with the shapes that an interpreter cannot do.
+test-gpu: $(VENV)/.test
+	$(BIN)/python -m pytest tests/ops -k "triton or gpu"
 
 check: $(VENV)/.test
 	$(BIN)/ruff check src tests

@@ -233,6 +233,6 @@ def _run_kernels(
     inputs = MixerInputs(
         q=q, k=k, v=v, gate=log_decay, initial_state=initial_state, num_state_heads=k.shape[2]
     )  # fmt: skip
-    options = MixerOptions(min_log_decay=min_log_decay, normalize=normalize, eps=eps)
+    options = MixerOptions(min_log_decay=float(min_log_decay), normalize=normalize, eps=float(eps))
     output, state = run(inputs, options)
     return output, state

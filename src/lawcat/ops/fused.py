@@ -234,9 +234,10 @@ def _run_kernels(
         initial_state=initial_state, q_before=q_inputs, k_before=k_inputs,
         keep=None if mask is None else mask != 0, boundaries=boundaries, num_state_heads=state_heads,
     )  # fmt: skip
+    # Floats, since the kernels are compiled anew for integers.
     options = MixerOptions(
-        is_logit=gate_is_logit, gate_divisor=gate_divisor, min_log_decay=min_log_decay, normalize=normalize,
-        eps=eps,
+        is_logit=gate_is_logit, gate_divisor=float(gate_divisor), min_log_decay=float(min_log_decay),
+        normalize=normalize, eps=float(eps),
     )  # fmt: skip
     output, state = run(inputs, options)
     if q_taps is not None:
