@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 from tests.tiny_teachers import save_teacher, write_text
 from typer.testing import CliRunner, Result
 
+from lawcat.cli import evaluate as evaluate_command
 from lawcat.cli.app import app
 from lawcat.convert.initialize import convert, sliding_window_teacher
 from lawcat.convert.teacher import load_teacher
+from lawcat.errors import DataError
 from lawcat.evaluation.runner import evaluate
 from lawcat.tasks import PASSKEY
 
@@ -38,7 +41,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["eval", *map(str, arguments), "--device", "cpu"])
+    device = [] if "--device" in arguments else ["--device", "cpu"]
+    return CliRunner().invoke(app, ["eval", *map(str, arguments), *device])
 
 
 def results(report: Path) -> dict[str, dict]:
@@ -175,6 +179,13 @@ def test_a_model_without_a_tokenizer(place: Path, which: str) -> None:
         (["--noise", "nowhere.txt"], "No file found for 'nowhere.txt'"),
         (["--tasks", "babilong_qa1", "--babi", "nowhere"], "nowhere"),
         (["--tokenizer", "/nowhere/at/all"], "there is no file or folder"),
+        (["--option", "passkey.depth=["], "'[' cannot be read as YAML"),
+        (["--device", "nonsense"], "the device 'nonsense' cannot be used here; there are: cpu"),
+        (["--device", "cuda:99"], "the device 'cuda:99' cannot be used here"),
+        (["--report", "text.txt"], "--report: nothing can be put into text.txt, because"),
+        (["--output", "text.txt/r.json"], "text.txt is not a folder"),
+        (["--tasks", "passkey,perplexity", "--lengths", "512,1m"], "'1m' is not a length"),
+        (["--tasks", "perplexity", "--option", "passkey.depth=1"], "There are options for 'passkey'"),
     ],
 )
 def test_what_cannot_be_is_one_message(
@@ -204,3 +215,108 @@ def test_a_crash_is_told_and_does_not_stop_the_run(place: Path, monkeypatch: pyt
     assert result.exit_code == 0, result.stderr
     assert "teacher: 1 samples crashed; they are in no score" in result.stderr
     assert "1 of 3 samples crashed and are in no score" in result.stdout
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Which samples were made: something was measured, or tried out."""
+    found: list[tuple[str, int]] = []
+    generate = type(PASSKEY).generate
+
+    def note(self: object, tokenizer: object, length: int, index: int, *rest: object, **options: object):
+        found.append((length, index))
+        return generate(self, tokenizer, length, index, *rest, **options)
+
+    monkeypatch.setattr(type(PASSKEY), "generate", note)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("second", "says"),
+    [
+        ("nowhere/at/all", "there is no file or folder nowhere/at/all"),
+        ("mute-student", "has no tokenizer"),
+        ("mute-teacher", "has no tokenizer"),
+        ("broken-adapter", "adapter"),
+    ],
+)
+def test_what_is_wrong_with_the_second_model_is_said_before_the_first_is_measured(
+    place: Path, asked: list[tuple[str, int]], second: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    broken = place / "broken-adapter"
+    broken.mkdir(exist_ok=True)
+    (broken / "lawcat_adapter.json").write_text("{", encoding="utf-8")
+    result = run("teacher", second, "--lengths", 512, "--samples", 1)
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert not asked
+
+
+def test_windows_of_a_family_that_has_none_are_refused_before_its_teacher_is_measured(
+    place: Path, asked: list[tuple[str, int]], tmp_path: Path
+) -> None:
+    config = json.loads((place / "teacher" / "config.json").read_text(encoding="utf-8"))
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in (place / "teacher").iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "qwen2"}), encoding="utf-8")
+    result = run(other, "--lengths", 512, "--samples", 1, "--sliding-window", 64)
+    assert result.exit_code == 2
+    assert "the family 'qwen2'" in result.stderr
+    assert not asked
+
+
+def test_a_text_too_short_for_perplexity_is_refused_before_samples_are_answered(
+    place: Path, asked: list[tuple[str, int]], tmp_path: Path
+) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("A few words only.", encoding="utf-8")
+    result = run(
+        place / "teacher", "--tasks", "passkey,perplexity", "--lengths", 512, "--samples", 1,
+        "--haystack", short,
+    )  # fmt: skip
+    assert result.exit_code == 2
+    assert "less than one window of 512" in result.stderr
+    assert not asked
+
+
+def test_outside_data_has_no_effect_on_perplexity_alone(place: Path) -> None:
+    result = run(
+        place / "teacher", "--tasks", "perplexity", "--lengths", 64, "--perplexity-tokens", 64,
+        "--noise", place / "text.txt",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert "note: The noise has no effect: perplexity reads the haystack's text alone." in result.stderr
+
+
+def test_what_was_measured_is_reported_when_a_later_model_fails(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = evaluate_command.measure
+
+    def fail(model: object, tokenizer: object, *, name: str, **rest: object) -> object:
+        if name == "student":
+            raise DataError("the second is of no use")
+        return measure(model, tokenizer, name=name, **rest)
+
+    monkeypatch.setattr(evaluate_command, "measure", fail)
+    result = run(
+        place / "teacher", place / "student", "--lengths", 512, "--samples", 1,
+        "--report", tmp_path / "report",
+    )  # fmt: skip
+    assert result.exit_code == 2
+    assert "the second is of no use" in result.stderr
+    assert list(results(tmp_path / "report")) == ["teacher"]
+
+
+def test_the_command_in_the_results_can_be_run_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["eval", "essays/*.txt", "it's"]
+    monkeypatch.setattr("sys.argv", ["lawcat", *arguments])
+    output = place / "quoted.json"
+    result = run(place / "teacher", "--lengths", 512, "--samples", 1, "--output", output)
+    assert result.exit_code == 0, result.stderr
+    command = json.loads(output.read_text(encoding="utf-8"))["command"]
+    assert shlex.split(command) == ["lawcat", *arguments]
+    assert "'essays/*.txt'" in command

@@ -17,7 +17,7 @@ from lawcat.bench.shapes import teacher_config
 from lawcat.bench.timing import free_memory
 from lawcat.cli.display import Display
 from lawcat.cli.evaluate import parse_dtype
-from lawcat.convert.load import default_device
+from lawcat.convert.load import check_device
 from lawcat.errors import ConfigurationError, did_you_mean
 from lawcat.evaluation.lengths import parse_lengths
 from lawcat.ops import backend_names, explain
@@ -52,7 +52,7 @@ def run_bench(
     """See the command's help."""
     asked = _choices(what, PARTS, "--what")
     parts = [part for part in PARTS if part in asked]  # training last: it spoils the student
-    place = _device(device)
+    place = check_device(device)
     kind = place.type if place.type in _LENGTHS else "cpu"
     tokens = parse_lengths(lengths or _LENGTHS[kind])
     check_arguments(place, tokens, cuda_graphs)
@@ -157,19 +157,6 @@ def _measure(
         seed=seed,
         progress=display.update,
     )
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return default_device()
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigurationError(
-            f"--device {name!r} cannot be used here: {str(error).splitlines()[0]}"
-        ) from error
-    return device
 
 
 def _choices(text: str, allowed: tuple[str, ...], option: str) -> list[str]:

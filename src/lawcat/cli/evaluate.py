@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
+import shlex
 import sys
 import time
 import warnings
@@ -17,8 +19,10 @@ import torch
 import yaml
 
 from lawcat.cli.display import Display
+from lawcat.convert.adapter import is_adapter
+from lawcat.convert.families import family_of
 from lawcat.convert.initialize import sliding_window_teacher
-from lawcat.convert.load import LoadedModel, default_device, load_model
+from lawcat.convert.load import LoadedModel, check_device, check_model, default_device, load_model
 from lawcat.distill.precision import resolve_precision
 from lawcat.errors import ConfigurationError, DataError
 from lawcat.evaluation.attention import check_attention, set_attention
@@ -58,7 +62,13 @@ def parse_options(assignments: list[str]) -> dict[str, dict[str, Any]]:
             raise ConfigurationError(
                 f"--option {text!r}: give a task, its option and a value, as in passkey.depth=random."
             )
-        options.setdefault(task, {})[option] = yaml.safe_load(value)
+        try:
+            options.setdefault(task, {})[option] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigurationError(
+                f"--option {text!r}: {value!r} cannot be read as YAML. Put quotation marks around a text "
+                "with brackets, braces or colons."
+            ) from error
     return options
 
 
@@ -96,52 +106,63 @@ def run_evaluate(call: EvaluationCall) -> None:
     options = parse_options(call.options)
     attention = check_attention(call.attention)
     dtype = parse_dtype(call.dtype)
+    titles = _titles(call.models)
+    check_device(call.device)
     if call.output is not None:
         _check_output(call.output, len(call.models), windows)
+    if call.report is not None:
+        _check_folder(call.report, "--report")
     num_kept = len(read_records(call.records)) if call.records is not None else 0
     samples = SampleCache()
     payloads: list[dict[str, Any]] = []
     with Display() as display, _shown_once(display):
+        _check_models(call, windows, display)
         clock = _CallClock(display, call.models, windows, call.records if num_kept else None)
-        for model, title in zip(call.models, _titles(call.models), strict=True):
-            loaded = load_model(
-                model,
-                dtype=dtype,
-                device=call.device,
-                base=call.base,
-                tokenizer=call.tokenizer,
-                progress=display.message,
-            )
-            # A baseline is made when its turn comes, so that no more than two models are in memory.
-            for name, make in _variants(loaded, title, windows, call.sinks):
-                measured = make()
-                set_attention(measured, attention)
-                clock.begin(name)
-                payload = measure(
-                    measured,
-                    loaded.tokenizer,
-                    name=name,
-                    tasks=tasks,
-                    lengths=lengths,
-                    samples=call.samples,
-                    seed=call.seed,
-                    perplexity_tokens=call.perplexity_tokens,
-                    haystack=call.haystack,
-                    noise=call.noise,
-                    babi=call.babi,
-                    options=options,
-                    records=call.records,
-                    sample_cache=samples,
-                    command="lawcat " + " ".join(sys.argv[1:]),
-                    progress=clock.update,
+        try:
+            for model, title in zip(call.models, titles, strict=True):
+                loaded = load_model(
+                    model,
+                    dtype=dtype,
+                    device=call.device,
+                    base=call.base,
+                    tokenizer=call.tokenizer,
+                    progress=display.message,
                 )
-                if crashed := sum(cell["errors"] for cell in payload["results"]):
-                    display.message(f"{name}: {crashed} samples crashed; they are in no score")
-                payloads.append(payload)
-                del measured
+                # A baseline is made when its turn comes, so that no more than two models are in memory.
+                for name, make in _variants(loaded, title, windows, call.sinks):
+                    measured = make()
+                    set_attention(measured, attention)
+                    clock.begin(name)
+                    payload = measure(
+                        measured,
+                        loaded.tokenizer,
+                        name=name,
+                        tasks=tasks,
+                        lengths=lengths,
+                        samples=call.samples,
+                        seed=call.seed,
+                        perplexity_tokens=call.perplexity_tokens,
+                        haystack=call.haystack,
+                        noise=call.noise,
+                        babi=call.babi,
+                        options=options,
+                        records=call.records,
+                        sample_cache=samples,
+                        command=shlex.join(["lawcat", *sys.argv[1:]]),
+                        progress=clock.update,
+                    )
+                    if crashed := sum(cell["errors"] for cell in payload["results"]):
+                        display.message(f"{name}: {crashed} samples crashed; they are in no score")
+                    payloads.append(payload)
+                    del measured
+                    gc.collect()
+                del loaded, make
                 gc.collect()
-            del loaded, make
-            gc.collect()
+        except Exception:
+            if payloads and call.report is not None:
+                page = write_report(call.report, payloads)
+                display.message(f"report of what was measured before it went wrong: {page}")
+            raise
         if windows and not any(payload["kind"] == "baseline" for payload in payloads):
             display.message("--sliding-window has no effect: there is no softmax model among the models")
         if call.output is not None:
@@ -176,16 +197,34 @@ def _variants(
         yield name, functools.partial(sliding_window_teacher, loaded.model, window=window, num_sinks=sinks)
 
 
+def _check_models(call: EvaluationCall, windows: list[int], display: Display) -> None:
+    """Find out now what is wrong with the last model, and not after hours of measuring the others."""
+    for model in call.models:
+        config = check_model(model, base=call.base, tokenizer=call.tokenizer, progress=display.message)
+        if windows and config.model_type != "lawcat" and not is_adapter(Path(model)):
+            family_of(config)
+
+
 def _check_output(output: Path, num_models: int, windows: list[int]) -> None:
     if num_models > 1 or windows:
         raise ConfigurationError(
             "--output takes the results of one model; for several, use --report DIRECTORY."
         )
+    _check_folder(output.parent, "--output")
     if output.exists():
         try:
             read_results(output)
         except DataError as error:
             raise DataError(f"--output would replace a file that is no results file: {error}") from error
+
+
+def _check_folder(folder: Path, option: str) -> None:
+    place = folder.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        reason = "may not be written to" if place.is_dir() else "is not a folder"
+        raise ConfigurationError(f"{option}: nothing can be put into {folder}, because {place} {reason}.")
 
 
 @contextmanager

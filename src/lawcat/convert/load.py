@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +15,14 @@ from safetensors import SafetensorError
 from lawcat.convert.adapter import Adapter, is_adapter
 from lawcat.convert.initialize import cast_teacher_weights, convert
 from lawcat.convert.pretrained import complete_generation_config, without_progress_bars
-from lawcat.convert.teacher import Progress, load_teacher, load_tokenizer, resolve_teacher
-from lawcat.errors import CheckpointError, TeacherError
+from lawcat.convert.teacher import (
+    Progress,
+    load_teacher,
+    load_teacher_config,
+    load_tokenizer,
+    resolve_teacher,
+)
+from lawcat.errors import CheckpointError, ConfigurationError, TeacherError
 from lawcat.files import MANIFEST_NAME, verify_manifest
 
 Kind = Literal["student", "adapter", "teacher"]
@@ -59,8 +67,9 @@ def load_model(
     Raises:
         CheckpointError: for a damaged student or adapter, or an adapter of another base.
         TeacherError: for a model that cannot be found or read, or that has no tokenizer.
+        ConfigurationError: for a device that is not here.
     """
-    place = torch.device(device) if device is not None else default_device()
+    place = check_device(device)
     path = Path(name)
     own = load_tokenizer(tokenizer, progress=progress) if tokenizer is not None else None
     if is_adapter(path):
@@ -68,17 +77,108 @@ def load_model(
     if _is_student(path):
         return _load_student(path, dtype, place, own)
     source = resolve_teacher(name, progress=progress)
-    try:
-        own = own or load_tokenizer(source)
-    except TeacherError as error:
-        raise TeacherError(
-            f"{error} Or name a model that has the same with --tokenizer (tokenizer=)."
-        ) from error
+    own = own or _teacher_tokenizer(source)
     teacher = load_teacher(source, dtype=dtype, with_tokenizer=False, progress=progress)
     complete_generation_config(teacher.model, own)
     is_student = getattr(teacher.model.config, "model_type", None) == "lawcat"  # from a hub
     kind: Kind = "student" if is_student else "teacher"
     return LoadedModel(teacher.model.to(place).eval(), own, str(name), kind)
+
+
+def check_model(
+    name: str | Path,
+    *,
+    base: str | None = None,
+    tokenizer: str | None = None,
+    progress: Progress | None = None,
+) -> Any:
+    """Return a model's configuration, an adapter's base's, and raise what shows without reading weights.
+
+    So that of several models the last is known to be there before the first is put to work.
+
+    Args:
+        name: As of `load_model`, and so are the others.
+        base: As there.
+        tokenizer: As there.
+        progress: As there.
+
+    Raises:
+        CheckpointError: for an adapter that is damaged, or a student without a tokenizer.
+        TeacherError: for a model that cannot be found, or that has no tokenizer.
+    """
+    path = Path(name)
+    if tokenizer is not None:
+        load_tokenizer(tokenizer, progress=progress)
+    if is_adapter(path):
+        with _adapter_base_errors(base):
+            source: str | Path = base or Adapter.load(path).base_name
+            config = load_teacher_config(source, progress=progress)
+            if tokenizer is None:
+                load_tokenizer(source, progress=progress)
+        return config
+    config = load_teacher_config(name, progress=progress)
+    if tokenizer is None:
+        if _is_student(path):
+            _student_tokenizer(path)
+        else:
+            _teacher_tokenizer(name, progress)
+    return config
+
+
+def check_device(device: str | torch.device | None) -> torch.device:
+    """Return a device that is here; None stands for the GPU if there is one, else the CPU.
+
+    Raises:
+        ConfigurationError: for another.
+
+    Example:
+        >>> check_device("cpu")
+        device(type='cpu')
+    """
+    if device is None:
+        return default_device()
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # without CUDA it is an assertion
+        here = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        raise ConfigurationError(
+            f"the device {str(device)!r} cannot be used here; there are: {', '.join(here)}."
+        ) from error
+    return place
+
+
+def _teacher_tokenizer(source: Any, progress: Progress | None = None) -> Any:
+    try:
+        return load_tokenizer(source, progress=progress)
+    except TeacherError as error:
+        raise TeacherError(
+            f"{error} Or name a model that has the same with --tokenizer (tokenizer=)."
+        ) from error
+
+
+def _student_tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the student in {path} has no tokenizer that can be loaded. Copy its files there, or name a "
+            "model that has the same with --tokenizer (tokenizer=)."
+        ) from error
+
+
+@contextmanager
+def _adapter_base_errors(base: str | None) -> Iterator[None]:
+    try:
+        yield
+    except TeacherError as error:
+        if base is not None:
+            raise
+        raise TeacherError(
+            f"the adapter's base cannot be loaded: {error} Where it has moved, give it with --base (base=)."
+        ) from error
 
 
 def _is_student(path: Path) -> bool:
@@ -92,8 +192,6 @@ def _is_student(path: Path) -> bool:
 def _load_student(
     path: Path, dtype: torch.dtype | None, device: torch.device, tokenizer: Any | None
 ) -> LoadedModel:
-    from transformers import AutoTokenizer
-
     from lawcat.model.modeling_lawcat import LawcatForCausalLM
 
     if (path / MANIFEST_NAME).is_file():  # one that transformers saved has none
@@ -106,13 +204,7 @@ def _load_student(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"the student in {path} cannot be loaded: {error}") from error
     if tokenizer is None:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(
-                f"the student in {path} has no tokenizer that can be loaded. Copy its files there, or name a "
-                "model that has the same with --tokenizer (tokenizer=)."
-            ) from error
+        tokenizer = _student_tokenizer(path)
     # transformers makes up what a file lacks, with a warning only.
     if lacking := sorted(info["missing_keys"]):
         raise CheckpointError(
@@ -130,14 +222,8 @@ def _load_adapter(
     progress: Progress | None,
 ) -> LoadedModel:
     adapter = Adapter.load(path)
-    try:
+    with _adapter_base_errors(base):
         teacher = load_teacher(base or adapter.base_name, progress=progress)
-    except TeacherError as error:
-        if base is not None:
-            raise
-        raise TeacherError(
-            f"the adapter's base cannot be loaded: {error} Where it has moved, give it with --base (base=)."
-        ) from error
     adapter.check_base(teacher.fingerprint, teacher.name)
     student, _ = convert(teacher.model, softmax_layers=adapter.softmax_layers, **adapter.operator)
     adapter.apply(student)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from lawcat.errors import ConfigurationError, did_you_mean
 from lawcat.evaluation.lengths import format_length
 from lawcat.evaluation.memory import peak_bytes, reset_peak
-from lawcat.evaluation.perplexity import perplexity_by_position
+from lawcat.evaluation.perplexity import check_windows, perplexity_by_position
 from lawcat.evaluation.runner import Kind, Progress, empty_result, evaluate
 from lawcat.evaluation.samples import SampleCache
 from lawcat.tasks import TASKS, get_task, resolve_source
@@ -100,6 +101,9 @@ def measure(
     windows = [length for length in lengths if length > 0]
     if PERPLEXITY in chosen and not windows:
         raise ConfigurationError("Perplexity has no length 0; name a length of at least 2 tokens.")
+    text = resolve_source(haystack) if PERPLEXITY in chosen else None
+    if text is not None:
+        check_windows(tokenizer, text, windows)  # now, and not when all samples are answered
     device = model.get_input_embeddings().weight.device
     reset_peak(device)
     if generated:
@@ -123,10 +127,10 @@ def measure(
             progress=show,
         )
     else:
+        _check_perplexity_alone(options or {}, {"noise": noise, "babi": babi})
         result = empty_result(model, name=name, seed=seed, kind=kind)
     payload = result.to_json(command)
-    if PERPLEXITY in chosen:
-        text = resolve_source(haystack)
+    if text is not None:
         payload[PERPLEXITY] = [
             perplexity_by_position(
                 model,
@@ -140,6 +144,18 @@ def measure(
         ]
         payload["peak_memory_bytes"] = max(payload["peak_memory_bytes"] or 0, peak_bytes(device))
     return payload
+
+
+def _check_perplexity_alone(
+    options: Mapping[str, Mapping[str, Any]], outside: Mapping[str, str | None]
+) -> None:
+    for task in options:
+        raise ConfigurationError(f"There are options for {task!r}, but perplexity, which has none, is alone.")
+    for option, value in outside.items():
+        if value is not None:
+            warnings.warn(
+                f"The {option} has no effect: perplexity reads the haystack's text alone.", stacklevel=3
+            )
 
 
 def _perplexity_progress(

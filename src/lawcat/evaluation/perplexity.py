@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -139,8 +139,7 @@ def perplexity_by_position(
         (batch_windows, 1, "batch_windows"),
         (chunk_tokens, 1, "chunk_tokens"),
     ):
-        if value is not None and value < least:
-            raise ConfigurationError(f"{what} is {value}; it must be at least {least}.")
+        _check_least(value, least, what)
     on_cpu = model.get_input_embeddings().weight.device.type == "cpu"
     batch_windows = batch_windows or (1 if on_cpu else max(1, _TOKENS_AT_ONCE // length))
     chunk_tokens = chunk_tokens or _chunk_tokens(model, batch_windows, 512 if on_cpu else 2048)
@@ -160,6 +159,28 @@ def perplexity_by_position(
         if training:
             model.train()
     return PerplexityResult(length, len(windows), _buckets(sums, len(windows)), source.describe())
+
+
+def check_windows(tokenizer: PreTrainedTokenizerBase, source: TextSource, lengths: Sequence[int]) -> None:
+    """Raise what `perplexity_by_position` would for these lengths, without a model.
+
+    Args:
+        tokenizer: The model's.
+        source: What is to be predicted.
+        lengths: Tokens of windows.
+
+    Raises:
+        ConfigurationError: for a length that holds nothing to predict.
+        DataError: if the text is shorter than one window.
+    """
+    for length in {min(lengths), max(lengths)}:
+        _check_least(length, 2, "length")
+        _windows(tokenizer, source, length, max_windows=1)
+
+
+def _check_least(value: int | None, least: int, what: str) -> None:
+    if value is not None and value < least:
+        raise ConfigurationError(f"{what} is {value}; it must be at least {least}.")
 
 
 def _chunk_tokens(model: PreTrainedModel, batch_windows: int, most: int) -> int:
