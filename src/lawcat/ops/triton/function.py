@@ -33,15 +33,12 @@ class MixerFunction(torch.autograd.Function):
         """Arguments: the tensors of ``MixerInputs``, then boundaries, state heads and options."""
         *tensors, boundaries, num_state_heads, options = arguments
         plan = _plan(tensors, boundaries, num_state_heads, options)
-        needs_gradient = any(ctx.needs_input_grad)
         with _on(plan.inputs.q.device):
-            result = forward(plan, save_sums=needs_gradient)
-        if needs_gradient:
-            ctx.save_for_backward(
-                *tensors, result.output, result.states, result.normalisers, result.strongest,
-                result.weight_sums,
-            )  # fmt: skip
-            ctx.constants = boundaries, num_state_heads, options
+            result = forward(plan, save_sums=True)
+        ctx.save_for_backward(
+            *tensors, result.output, result.states, result.normalisers, result.strongest, result.weight_sums
+        )
+        ctx.constants = boundaries, num_state_heads, options
         ctx.set_materialize_grads(False)
         return result.output, result.final
 
@@ -92,5 +89,12 @@ def run(inputs: MixerInputs, options: MixerOptions) -> tuple[Tensor, Tensor]:
                 tensor = tensor.float()
             tensor = tensor.contiguous()
         tensors.append(tensor)
-    output, state = MixerFunction.apply(*tensors, inputs.boundaries, inputs.num_state_heads, options)
+    constants = inputs.boundaries, inputs.num_state_heads, options
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        output, state = MixerFunction.apply(*tensors, *constants)
+    else:
+        plan = _plan(tensors, *constants)
+        with _on(plan.inputs.q.device):
+            result = forward(plan)
+        output, state = result.output, result.final
     return output.to(output_dtype), state
