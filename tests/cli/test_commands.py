@@ -222,3 +222,14 @@ def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("info", "x")
     assert result.exit_code == 130
     assert "interrupted" in result.stderr
+
+
+@pytest.mark.parametrize("command", [["lm-eval", "run"], ["lm-eval-tasks", "folder", "model"]])
+def test_lm_eval_is_an_extra(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "lawcat.evaluation.lm_eval", raising=False)
+    for name in [one for one in sys.modules if one.split(".")[0] == "lm_eval"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2
+    assert "pip install 'lawcat[lm-eval]'" in result.stderr

@@ -118,6 +118,15 @@ def test_the_name_is_known_after_the_import():
     assert get_model("lawcat") is LawcatLM
 
 
+def test_facts_alone_and_options_of_other_tasks(tokenizer, tmp_path):
+    names = write_tasks(tmp_path, tokenizer, tasks=["babilong_qa1"], lengths=["0k"], samples=2)
+    assert names == ["lawcat_babilong_qa1_0"]
+    lines = (tmp_path / "lawcat_babilong_qa1_0.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["length"] for line in lines] == [0, 0]
+    with pytest.raises(ConfigurationError, match="options for 'passkey', which is not among the tasks"):
+        write_tasks(tmp_path, tokenizer, tasks=["copy"], lengths=[64], options={"passkey": {"depth": 1}})
+
+
 def test_an_unknown_dtype_is_refused():
     with pytest.raises(ConfigurationError, match="dtype is 'int3'; it must be one of auto, float32"):
         LawcatLM("anywhere", dtype="int3")

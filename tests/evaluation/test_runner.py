@@ -477,6 +477,17 @@ def test_what_cannot_be_is_refused_before_anything_runs(tokenizer, model, option
     assert not calls
 
 
+def test_more_samples_than_there_are_questions_are_refused_before_anything_runs(tokenizer, model, tmp_path):
+    story = "1 Mary went to the office.\n2 Where is Mary? \toffice\t1\n"
+    (tmp_path / "qa1_two_train.txt").write_text(2 * story, encoding="utf-8")
+    given = {"tasks": ["babilong_qa1"], "lengths": [0], "babi": tmp_path}
+    calls = count_calls(model)
+    with pytest.raises(DataError, match="has 2 questions for this length, and sample 3 was asked for"):
+        evaluate(model, tokenizer, **given, samples=3)
+    assert not calls
+    assert evaluate(model, tokenizer, **given, samples=2).num_errors == 0
+
+
 def test_no_tokenizer(model):
     with pytest.raises(ConfigurationError, match="no tokenizer"):
         evaluate(model, None, tasks=["passkey"], lengths=[300])

@@ -11,9 +11,8 @@ from lawcat.evaluation.lengths import parse_lengths
 
 def run_lm_eval(arguments: list[str]) -> None:
     """See the command's help."""
+    from lawcat.evaluation import lm_eval  # noqa: F401, I001  registers the model, or says what is missing
     from lm_eval.__main__ import cli_evaluate
-
-    from lawcat.evaluation import lm_eval  # noqa: F401  registers the model
 
     sys.argv = ["lm_eval", *arguments]
     cli_evaluate()
@@ -30,7 +29,7 @@ def run_lm_eval_tasks(
         folder,
         load_tokenizer(model),
         tasks=[task.strip() for task in tasks.split(",") if task.strip()],
-        lengths=parse_lengths(lengths),
+        lengths=parse_lengths(lengths, least=0),
         samples=samples,
         seed=seed,
         options=parse_options(assignments),

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from lawcat.evaluation.memory import cache_bytes
+from lawcat.inference.decode_graph import DecodeGraphs, decoding_by_graph
 from lawcat.model.configuration_lawcat import FULL
 
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ def answer_prompts(
     with _reading(model), torch.no_grad():
         if _goes_on_from_cache(model):
             limits = (prefill_chunk_tokens, mask_entries)
-            said, state_bytes = _continue_greedily(model, rows, max_new_tokens, is_out, limits)
+            with decoding_by_graph(model) as graphs:
+                said, state_bytes = _continue_greedily(model, rows, max_new_tokens, is_out, limits, graphs)
         else:
             longest = max(map(len, rows))
             if len(rows) * longest > prefill_chunk_tokens:
@@ -107,6 +109,7 @@ def _continue_greedily(
     max_new_tokens: int,
     is_out: _IsOut,
     limits: tuple[int, int],
+    graphs: DecodeGraphs,
 ) -> tuple[list[list[int]], int]:
     """Return what was said to each row, as tokens, and the bytes kept of a row after its prompt."""
     input_ids, attention_mask = _left_padded(rows, _device(model))  # [B, T]
@@ -114,7 +117,8 @@ def _continue_greedily(
     lengths = attention_mask.sum(-1)  # [B]: places of the tokens to come
     logits, cache = _prefill(model, input_ids, mask, *limits)
     state_bytes = cache_bytes(cache) // len(rows)
-    can_drop = _can_drop_rows(cache)
+    # A graph is of one batch size: to decode a finished row costs less than to capture another.
+    can_drop = _can_drop_rows(cache) and not (max_new_tokens > 1 and graphs.takes(cache))
 
     said: list[list[int]] = [[] for _ in rows]
     batch = list(range(len(rows)))  # the prompts in the rows of the cache

@@ -153,7 +153,7 @@ def write_tasks(
         folder: Where to; made if it does not exist.
         tokenizer: Measures the prompts.
         tasks: Names of lawcat's tasks.
-        lengths: Nominal lengths in tokens.
+        lengths: Nominal lengths in tokens; 0 for BABILong's facts alone.
         samples: Samples a task and length.
         seed: Of the samples.
         options: Options by task.
@@ -167,11 +167,15 @@ def write_tasks(
         LawcatError: if a file cannot be written.
     """
     root = Path(folder).absolute()
+    if strangers := sorted(set(options or ()) - set(tasks)):
+        raise ConfigurationError(
+            f"There are options for {strangers[0]!r}, which is not among the tasks: {', '.join(tasks)}."
+        )
     names = []
     for task_name in tasks:
         task = get_task(task_name)
         chosen = task.resolve_options((options or {}).get(task_name, {}))
-        for length in [parse_length(one) for one in lengths]:
+        for length in [parse_length(one, least=0) for one in lengths]:
             name = f"lawcat_{task_name}_{length}"
             assert _NAME.fullmatch(name)
             lines = []

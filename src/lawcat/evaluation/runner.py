@@ -515,14 +515,18 @@ class _Maker:
         return _Maker(tokenizer, self.fingerprint, self.seed, self.cache)
 
     def try_out(self, cell: _Cell) -> None:
-        """Make the first sample of a cell, and raise what is wrong with the cell as a whole."""
-        try:
-            self.make(cell, 0)
-        except LawcatError:
-            raise
-        except Exception:
-            # A crash in one sample is recorded when its turn comes.
-            return
+        """Make the first and the last sample of a cell, and raise what is wrong with it as a whole.
+
+        The last, because files of questions may hold fewer than are asked for.
+        """
+        for index in {0, len(cell.keys) - 1}:
+            try:
+                self.make(cell, index)
+            except LawcatError:
+                raise
+            except Exception:
+                # A crash in one sample is recorded when its turn comes.
+                continue
 
     def make(self, cell: _Cell, index: int) -> PreparedSample:
         """Return a sample."""
