@@ -20,6 +20,7 @@ from lawcat.tasks.haystack import (
     noise_source,
     resolve_source,
 )
+from lawcat.tasks.last_word import LAST_WORD
 from lawcat.tasks.niah import (
     NIAH_MULTIKEY_1,
     NIAH_MULTIKEY_2,
@@ -44,6 +45,7 @@ __all__ = [
     "BABILONG_QA4",
     "BABILONG_QA5",
     "COPY",
+    "LAST_WORD",
     "NIAH_MULTIKEY_1",
     "NIAH_MULTIKEY_2",
     "NIAH_MULTIKEY_3",
