@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
+from lawcat.inference.decode_graph import CudaGraph
+
 MAX_REPETITIONS = 50
 # Below that a median says little, so they are done even where they take longer than the time given, unless
 # one alone takes longer.
 MIN_REPETITIONS = 3
 # Larger than the last cache of any GPU: what the call before left there is gone.
 _FLUSH_BYTES = 256 * 2**20
-# What a capture asks for: libraries make their handles and workspaces in the first calls.
-_CALLS_BEFORE_CAPTURE = 3
 
 _PROCESS_STATUS, _PROCESS_REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -74,7 +74,7 @@ class _Runner:
         self.seconds: list[float] = []
         self.first_call_s = 0.0
         self.peak_memory_bytes: int | None = None
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graph: CudaGraph | None = None
 
     def prepare(self, cuda_graphs: bool) -> float:
         """Make the first calls and return the seconds that one takes once everything is compiled."""
@@ -101,16 +101,10 @@ class _Runner:
         return time.perf_counter() - started
 
     def _capture(self) -> None:
-        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            for _ in range(_CALLS_BEFORE_CAPTURE):
-                self.function()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = CudaGraph(self.device)
+        graph.warm_up(self.function)
         synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.function()
+        graph.capture(self.function)
         self.graph = graph
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from lawcat.errors import ConfigurationError
+from lawcat.inference.decode_graph import decoding_by_graph
 
 # A prompt is read in pieces of so many tokens: what is in memory at once does not grow with its length.
 _PREFILL_TOKENS = 2048
@@ -62,7 +64,7 @@ def stream_text(
 
     def work() -> None:
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), decoding_by_graph(model):
                 model.generate(
                     **inputs,
                     max_new_tokens=max_new_tokens,
@@ -75,7 +77,8 @@ def stream_text(
             failure.append(error)
             streamer.end()
 
-    thread = threading.Thread(target=work, daemon=True)
+    # A thread knows nothing of `use_backend` around it unless it is told.
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(work,), daemon=True)
     thread.start()
     yield from streamer
     thread.join()
