@@ -88,8 +88,8 @@ def test_a_second_run_finds_everything_done(place: Path, student: Path) -> None:
 def test_a_matrix(place: Path) -> None:
     recipe, out = place / "matrix.yaml", place / "matrix"
     text = (place / "recipe.yaml").read_text(encoding="utf-8")
-    # The second fails at the beginning of stage 2.
-    matrix = "matrix: {plain: {}, bad: {recovery.lora_targets: [x]}, per-head: {model.gate: head}}\n"
+    # The second fails when it begins.
+    matrix = "matrix: {plain: {}, bad: {data.0.path: none.txt}, per-head: {model.gate: head}}\n"
     recipe.write_text(text + matrix, encoding="utf-8")
     arguments = [
         "linearize",
@@ -107,7 +107,7 @@ def test_a_matrix(place: Path) -> None:
     result = run(*arguments)
     assert result.exit_code == 1
     assert "variant 3 of 3: per-head" in result.stderr
-    assert "bad FAILED: recovery.lora_targets: 'x' is not a linear layer" in result.stderr
+    assert "bad FAILED: data.0 (text): There is no file none.txt" in result.stderr
     assert result.stderr.strip().endswith("lawcat: failed: bad; the same command tries again")
     assert result.stdout.startswith((out / "matrix.md").read_text(encoding="utf-8"))
     assert "| per-head | 0 | `model.gate: head` |" in result.stdout

@@ -285,6 +285,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "all weights, no KL": {"recovery__train": "all", "recovery__kl_weight": 0},
     "bfloat16": {"precision": "bfloat16"},
     "all weights, bfloat16": {"precision": "bfloat16", "recovery__train": "all"},
+    "MLPs in full": {"recovery__full_targets": ("gate_proj", "up_proj", "down_proj")},
+    "MLPs in full, bfloat16": {"recovery__full_targets": ("up_proj",), "precision": "bfloat16"},
     "hybrid": {"model__softmax_layers": (1,), "model__gate": "head"},
     "nothing carried": {"recovery__carried_segments": 0},
     "longer batches carried": {"recovery__carried_sequences": 3},
@@ -314,7 +316,8 @@ def test_other_recipes_resume_too(run: TinyRun, variant: str) -> None:
                 run(out, progress=at(stage, 3, send(signal.SIGTERM)), **overrides)
     run(out, **overrides)
     assert_finished(run, out, expected)
-    assert (expected / "adapter").is_dir() == ("all weights" not in variant)
+    in_full = overrides.get("recovery__full_targets", ())
+    assert (expected / "adapter").is_dir() == ("all weights" not in variant and not in_full)
     ids = random_ids()
     student = load_model(expected)
     if (expected / "adapter").is_dir():
@@ -322,7 +325,9 @@ def test_other_recipes_resume_too(run: TinyRun, variant: str) -> None:
     tensors = tensors_of(expected)
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
     has_factors = any(".lora_" in name for name in tensors)
-    assert has_factors == (overrides.get("recovery__steps") != 0 and "all weights" not in variant)
+    assert has_factors == (
+        overrides.get("recovery__steps") != 0 and "all weights" not in variant and not in_full
+    )
     if variant == "no stage":
         untrained, _ = convert(load_teacher(run.teacher).model, seed=3)
         assert torch.equal(untrained(ids).logits, student.model(ids).logits)
@@ -330,6 +335,32 @@ def test_other_recipes_resume_too(run: TinyRun, variant: str) -> None:
     if variant == "all weights":
         before = load_teacher(run.teacher).model.state_dict()
         assert not torch.equal(before["model.norm.weight"], tensors["student model.norm.weight"])
+
+
+def test_weights_trained_in_full_are_in_the_student(run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Any] = []
+    recovery_model = linearize_module.RecoveryModel
+
+    def remembered(*args: Any) -> Any:
+        kept.append(recovery_model(*args))
+        return kept[-1]
+
+    monkeypatch.setattr(linearize_module, "RecoveryModel", remembered)
+    messages: list[str] = []
+    recipe = tiny_recipe(run.text, recovery__full_targets=("up_proj", "down_proj"))
+    out = run.place / "in full"
+    linearize(str(run.teacher), out, recipe, message=messages.append)
+    assert messages[-1] == (
+        "no adapter beside it: up_proj, down_proj trained in full, so it would be as large as the student"
+    )
+    ids = random_ids()
+    student = load_model(out).model
+    assert_near(student(ids).logits, kept[0].student(ids).logits, 1e-5, "logits")
+    before = load_teacher(run.teacher).model.state_dict()
+    moved = {
+        name.split(".")[-2] for name, t in before.items() if not torch.equal(t, student.state_dict()[name])
+    }
+    assert moved == {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"}
 
 
 def test_bfloat16_trains_as_float32_does(run: TinyRun) -> None:
@@ -515,7 +546,11 @@ def test_bad_input_is_refused_before_anything_is_made(run: TinyRun, tmp_path: Pa
         with pytest.raises(DataError, match=message):
             linearize(str(run.teacher), tmp_path / f"out-{path.stem}", tiny_recipe(path))
     with pytest.raises(ConfigurationError, match=r"recovery\.lora_targets: 'q_prj' is not a linear layer"):
-        run("bad targets", recovery__lora_targets=("q_prj",), attention_transfer__steps=0)
+        run("bad targets", recovery__lora_targets=("q_prj",))
+    assert not training_folder(run, "bad targets").exists()  # at once, not after stage 1
+    with pytest.raises(ConfigurationError, match=r"recovery\.full_targets: 'lm_head' is not a linear layer"):
+        run("bad targets", recovery__full_targets=("lm_head",))
+    run("no stage that has targets", recovery__lora_targets=("q_prj",), recovery__steps=0)
 
 
 def test_two_runs_on_one_directory(run: TinyRun, whole: Path) -> None:

@@ -236,6 +236,16 @@ def test_defaults() -> None:
             r"^recovery\.lora_rank: got 16, which contradicts train: all",
         ),
         ({"recovery": {"train": "all", "lora_targets": ["x"]}}, r"^recovery\.lora_targets"),
+        ({"recovery": {"train": "all", "full_targets": ["x"]}}, r"^recovery\.full_targets: .* contradicts"),
+        (
+            {"recovery": {"full_targets": ["up_proj", "q_proj"]}},
+            r"^recovery\.full_targets: got 'q_proj'; lora_targets names it too",
+        ),
+        ({"recovery": {"full_learning_rate": 1e-4}}, r"^recovery\.full_learning_rate: .* without full_tar"),
+        (
+            {"recovery": {"full_targets": ["up_proj"], "full_learning_rate": 0}},
+            r"^recovery\.full_learning_rate: got 0\.0; it must be above 0",
+        ),
         ({"recovery": {"train": "loar"}}, r"^recovery\.train: .*Did you mean 'lora'\?"),
         ({"recovery": {"kl_weight": 0, "kl_temperature": 2}}, r"^recovery\.kl_temperature: .*no effect"),
         (

@@ -24,6 +24,13 @@ IDS = random_ids(2, 20)
 WEIGHT = torch.rand(2, 20, generator=torch.Generator().manual_seed(4))
 WEIGHT[1, 5] = 0.0
 
+WAYS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "all": {"train": "all"},
+    "MLPs in full": {"full_targets": ("gate_proj", "up_proj", "down_proj")},
+    "a projection in full": {"full_targets": ("k_proj",), "lora_targets": ("q_proj", "up_proj")},
+}
+
 
 def recovery_of(
     settings: dict[str, Any] | None = None, softmax_layers: tuple[int, ...] = (), **fields: Any
@@ -53,14 +60,12 @@ def train(recovery: RecoveryModel, steps: int = 3) -> None:
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("train_what", ["lora", "all"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("softmax_layers", [(), (0,)])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_the_teacher_stays_the_teacher(
-    train_what: str, softmax_layers: tuple[int, ...], dropout: float
-) -> None:
+def test_the_teacher_stays_the_teacher(way: str, softmax_layers: tuple[int, ...], dropout: float) -> None:
     expected = tiny_teacher(attention_dropout=dropout).model(IDS).last_hidden_state
-    recovery = recovery_of({"train": train_what}, softmax_layers, attention_dropout=dropout)
+    recovery = recovery_of(WAYS[way], softmax_layers, attention_dropout=dropout)
     assert torch.equal(recovery.teacher_hidden(IDS), expected)
     student_before = recovery.student.model(IDS).last_hidden_state
     train(recovery)
@@ -75,31 +80,36 @@ def test_the_teacher_stays_the_teacher(
     assert trained == {
         name
         for name, _ in recovery.student.named_parameters()
-        if train_what == "all" or is_new_parameter(name) or ".lora_" in name
+        if way == "all" or is_new_parameter(name) or ".lora_" in name or ".modules_to_save." in name
     }
 
 
-@pytest.mark.parametrize("train_what", ["lora", "all"])
-def test_the_groups_hold_all_that_trains(train_what: str) -> None:
-    recovery = recovery_of(
-        {"train": train_what, "learning_rate": 0.5, "new_parameter_learning_rate": 0.25},
-        tie_word_embeddings=True,
-    )
-    new, base = recovery.parameter_groups()
+@pytest.mark.parametrize("way", WAYS)
+def test_the_groups_hold_all_that_trains(way: str) -> None:
+    settings = {"learning_rate": 0.5, "new_parameter_learning_rate": 0.25} | WAYS[way]
+    in_full = settings.get("full_targets", ())
+    if in_full:
+        settings["full_learning_rate"] = 0.125
+    recovery = recovery_of(settings, tie_word_embeddings=True)
+    new, base, *rest = recovery.parameter_groups()
     assert (new["name"], new["peak"], base["name"], base["peak"]) == ("new", 0.25, "base", 0.5)
+    assert [(group["name"], group["peak"], len(group["params"])) for group in rest] == (
+        [("full", 0.125, 2 * len(in_full))] if in_full else []
+    )
     names = {id(parameter): name for name, parameter in recovery.student.named_parameters()}
     assert all(is_new_parameter(names[id(p)]) for p in new["params"])
     assert not any(is_new_parameter(names[id(p)]) for p in base["params"])
-    found = [id(p) for group in (new, base) for p in group["params"]]
+    found = [id(p) for group in (new, base, *rest) for p in group["params"]]
+    assert all(names[id(p)].split(".")[-4] in in_full for group in rest for p in group["params"])
     assert len(found) == len(set(found))
     assert set(found) == {id(p) for p in recovery.student.parameters() if p.requires_grad}
     assert all(parameter.dtype == torch.float32 for parameter in new["params"])
 
 
-@pytest.mark.parametrize("train_what", ["lora", "all"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("tied", [False, True])
-def test_losses_and_gradients(train_what: str, tied: bool) -> None:
-    settings = {"train": train_what, "cross_entropy_weight": 0.7, "kl_weight": 0.4, "kl_temperature": 2.0}
+def test_losses_and_gradients(way: str, tied: bool) -> None:
+    settings = {"cross_entropy_weight": 0.7, "kl_weight": 0.4, "kl_temperature": 2.0} | WAYS[way]
     recovery = recovery_of(settings, tie_word_embeddings=tied)
     loss, cross_entropy, kl = recovery.losses(IDS, WEIGHT, total_weight=5.0)
     torch.autograd.backward(loss)
@@ -131,11 +141,11 @@ def cut(cache: LawcatCache) -> None:
     cache._map(Tensor.detach)
 
 
-@pytest.mark.parametrize("train_what", ["lora", "all"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("softmax_layers", [(), (1,)])
 @pytest.mark.parametrize("num_trained", [5, 16])
-def test_carried_losses(train_what: str, softmax_layers: tuple[int, ...], num_trained: int) -> None:
-    recovery = recovery_of({"train": train_what, "cross_entropy_weight": 0.6}, softmax_layers)
+def test_carried_losses(way: str, softmax_layers: tuple[int, ...], num_trained: int) -> None:
+    recovery = recovery_of(WAYS[way] | {"cross_entropy_weight": 0.6}, softmax_layers)
     student: LawcatForCausalLM = recovery.student
     loss = recovery.carried_losses(IDS, WEIGHT, num_trained, total_weight=3.0)
     torch.autograd.backward(loss)
@@ -185,6 +195,34 @@ def test_targets_that_are_no_linear_layers(target: str) -> None:
     student, _ = convert(tiny_teacher(tie_word_embeddings=True))
     with pytest.raises(ConfigurationError, match=rf"recovery\.lora_targets: '{target}' .*down_proj.*q_proj"):
         RecoveryModel(student, RecoverySettings(lora_targets=("q_proj", target)))
+
+
+def test_targets_in_full_that_are_no_linear_layers() -> None:
+    student, _ = convert(tiny_teacher())
+    with pytest.raises(ConfigurationError, match=r"recovery\.full_targets: 'upproj' .*mean 'up_proj'"):
+        RecoveryModel(student, RecoverySettings(full_targets=("upproj",)))
+
+
+def test_weights_that_train_in_full_are_float32_and_begin_at_the_teachers() -> None:
+    student, _ = convert(tiny_teacher())
+    cast_teacher_weights(student, torch.bfloat16)
+    before = {name: p.clone() for name, p in student.named_parameters()}
+    recovery = RecoveryModel(student, RecoverySettings(full_targets=("up_proj",)))
+    found = {plain_name(n): p for n, p in student.named_parameters() if ".modules_to_save." in n}
+    assert set(found) == {f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(2)}
+    for name, parameter in found.items():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, before[name].float())
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        kl = recovery.losses(IDS, WEIGHT, total_weight=1.0)[2]
+        train(recovery)
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            assert torch.isfinite(parameter).all(), name
+        elif (plain := name.replace(".base_layer", "").replace(".original_module", "")) in before:
+            assert torch.equal(parameter, before[plain]), name
+    assert all((p - before[name].float()).abs().max() > 1e-3 for name, p in found.items())
+    assert kl > 0
 
 
 def test_factors_go_where_they_were_asked_for() -> None:

@@ -36,7 +36,7 @@ from lawcat.distill.mixture import Mixture, build_mixture
 from lawcat.distill.model_card import model_card
 from lawcat.distill.precision import resolve_precision
 from lawcat.distill.recipe import Recipe, dotted_keys
-from lawcat.distill.recovery import RecoveryModel, plain_name
+from lawcat.distill.recovery import RecoveryModel, check_targets, is_trained_in_full, plain_name
 from lawcat.distill.text import Progress
 from lawcat.distill.trainer import (
     AttentionTransferStage,
@@ -51,7 +51,7 @@ from lawcat.distill.training_log import TrainingLog, read_log
 from lawcat.errors import BusyError, CheckpointError, ConfigurationError, MissingDependencyError
 from lawcat.files import clear_write_errors, remove_directory, remove_leftovers, write_atomic
 from lawcat.model.configuration_lawcat import LINEAR, OPERATOR_FIELDS
-from lawcat.model.modeling_lawcat import LawcatForCausalLM
+from lawcat.model.modeling_lawcat import LawcatForCausalLM, LawcatModel
 from lawcat.versions import versions
 
 RUN_NAME = "lawcat_run.json"
@@ -69,8 +69,8 @@ class LinearizeResult:
     """What a run left.
 
     Attributes:
-        path: The finished student's directory; ``path / "adapter"`` is the same as an adapter, where LoRA was
-            used.
+        path: The finished student's directory; ``path / "adapter"`` is the same as an adapter, where no
+            weight of the teacher trained in full.
         is_reused: Whether it was there already, from the same teacher and recipe.
     """
 
@@ -182,10 +182,11 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Trained:
-    """What training gives: the trained tensors as in an adapter, or the whole student where all weights
-    trained."""
+    """What training gives: the trained tensors as in an adapter, and weights of the teacher that trained in
+    full beside them; or the whole student where all weights trained."""
 
     tensors: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
     lora_scale: float
     student: LawcatForCausalLM | None
     facts: dict[str, Any]
@@ -200,6 +201,7 @@ def _train(run: _Run, student: LawcatForCausalLM, state: TrainingState | None) -
     if state is not None:  # "auto" measures; a resumed run keeps what it began with
         dtype = getattr(torch, state.extra["dtype"])
     trains_all = recipe.recovery.steps > 0 and recipe.recovery.train == "all"
+    trains_some = recipe.recovery.steps > 0 and bool(recipe.recovery.full_targets)
     if not trains_all:
         cast_teacher_weights(student, dtype)
     # In evaluation mode, here and below: no dropout, so that the teacher inside is the teacher itself.
@@ -233,7 +235,7 @@ def _train(run: _Run, student: LawcatForCausalLM, state: TrainingState | None) -
     )
     # Without its cache, which keeps casts of weights while the context lasts: that is all of training, and
     # casts made without gradient, where a state is carried over, would be used where there is one.
-    is_mixed = trains_all and dtype != torch.float32
+    is_mixed = (trains_all or trains_some) and dtype != torch.float32
     autocast = torch.autocast(workers.device.type, dtype=dtype, enabled=is_mixed, cache_enabled=False)
     lora_scale = 0.0
     with autocast, log or contextlib.nullcontext():
@@ -247,11 +249,12 @@ def _train(run: _Run, student: LawcatForCausalLM, state: TrainingState | None) -
             stage_2 = RecoveryStage(recovery, recipe.recovery, recipe.sequence_length)
             train_stage(stage_2, context, state if state is not None and state.stage == 2 else None)
             lora_scale = recovery.lora_scale
-    tensors = {
-        plain_name(name): parameter.detach().float().cpu()
-        for name, parameter in student.named_parameters()
-        if is_new_parameter(name) or ".lora_" in name
-    }
+    tensors, weights = {}, {}
+    for name, parameter in student.named_parameters():
+        if is_new_parameter(name) or ".lora_" in name:
+            tensors[plain_name(name)] = parameter.detach().float().cpu()
+        elif is_trained_in_full(name):
+            weights[plain_name(name)] = parameter.detach().cpu()
     facts = {
         "device": _device_name(workers.device),
         "processes": workers.count,
@@ -260,7 +263,7 @@ def _train(run: _Run, student: LawcatForCausalLM, state: TrainingState | None) -
         "data": mixture.describe(),
         "stages": _stage_facts(run.training / LOG_NAME, recipe) if workers.is_main else {},
     }
-    return _Trained(tensors, lora_scale, student if trains_all else None, facts)
+    return _Trained(tensors, weights, lora_scale, student if trains_all else None, facts)
 
 
 def _finish(run: _Run, directory: Path, trained: _Trained, fields: dict[str, Any]) -> None:
@@ -281,8 +284,14 @@ def _finish(run: _Run, directory: Path, trained: _Trained, fields: dict[str, Any
             recipe=recipe.to_dict(),
         )
         adapter.apply(student)
+        if trained.weights:
+            student.load_state_dict(trained.weights, strict=False)
+            adapter = None
     else:
         student = trained.student.cpu()
+    if adapter is None:
+        what = ", ".join(recipe.recovery.full_targets or ()) or "all weights"
+        run.message(f"no adapter beside it: {what} trained in full, so it would be as large as the student")
     record = {"lawcat": __version__, "versions": versions(), **run.identity, **fields}
 
     def add_records(place: Path) -> None:
@@ -309,6 +318,10 @@ def check_config(recipe: Recipe) -> Callable[[Any], None]:
                 f"model.softmax_layers names all {student.num_hidden_layers} layers, which leaves nothing to "
                 "linearize; leave one out."
             )
+        if recipe.recovery.steps and recipe.recovery.train == "lora":
+            with torch.device("meta"):
+                decoder = LawcatModel(student)
+            check_targets(decoder, recipe.recovery)
 
     return check
 

@@ -591,6 +591,10 @@ class RecoverySettings(_OptimizerSettings):
         lora_rank: Rank of the LoRA factors (`train: lora` only, and so the next two).
         lora_alpha: LoRA's scale is `lora_alpha / lora_rank`.
         lora_targets: Names of the linear layers that get factors.
+        full_targets: Names of linear layers whose weights train themselves, beside LoRA on others; none of
+            `lora_targets`, and `None` for none at all. Such a student is saved whole and not as an adapter,
+            which would be as large.
+        full_learning_rate: Their peak learning rate.
         new_parameter_learning_rate: Peak learning rate of the parameters that conversion created; 0 leaves
             them as stage 1 did.
         cross_entropy_weight: Weight of the next-token loss.
@@ -614,6 +618,8 @@ class RecoverySettings(_OptimizerSettings):
     lora_rank: int = 16
     lora_alpha: float = 32.0
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    full_targets: tuple[str, ...] | None = None
+    full_learning_rate: float = 2e-4
     new_parameter_learning_rate: float = 2e-3
     cross_entropy_weight: float = 1.0
     kl_weight: float = 1.0
@@ -627,8 +633,10 @@ class RecoverySettings(_OptimizerSettings):
     def _without_effect(self) -> dict[str, str]:
         silent = super()._without_effect()
         if self.train == "all":
-            for name in ("lora_rank", "lora_alpha", "lora_targets"):
+            for name in ("lora_rank", "lora_alpha", "lora_targets", "full_targets"):
                 silent[name] = "contradicts train: all, which trains the weights themselves"
+        if self.train == "all" or not self.full_targets:
+            silent["full_learning_rate"] = "has no effect without full_targets"
         if self.carried_segments == 0:
             for name in ("carried_share", "carried_sequences"):
                 silent[name] = "has no effect with carried_segments: 0"
@@ -638,7 +646,7 @@ class RecoverySettings(_OptimizerSettings):
 
     def _check(self) -> None:
         super()._check()
-        _positive(self, "lora_rank", "lora_alpha", "kl_temperature", "answer_weight")
+        _positive(self, "lora_rank", "lora_alpha", "full_learning_rate", "kl_temperature", "answer_weight")
         _not_negative(
             self,
             "new_parameter_learning_rate",
@@ -658,6 +666,10 @@ class RecoverySettings(_OptimizerSettings):
             )
         if not self.lora_targets:
             raise _fail("lora_targets", [], "name at least one linear layer, such as q_proj.")
+        if both := [name for name in self.full_targets or () if name in self.lora_targets]:
+            raise _fail(
+                "full_targets", both[0], "lora_targets names it too; a layer trains in one of the two ways."
+            )
         if self.steps and self.cross_entropy_weight == 0 and self.kl_weight == 0:
             raise _fail(
                 "cross_entropy_weight", 0.0, "kl_weight is 0 too, which leaves no loss; set one above 0."

@@ -14,12 +14,12 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lawcat.convert.initialize import is_new_parameter
 from lawcat.distill.losses import language_loss
 from lawcat.distill.recipe import RecoverySettings
-from lawcat.errors import ConfigurationError, MissingDependencyError
+from lawcat.errors import ConfigurationError, MissingDependencyError, did_you_mean
 from lawcat.model.modeling_lawcat import LawcatForCausalLM
 
 
@@ -27,7 +27,8 @@ class RecoveryModel:
     """The student with what trains in stage 2, and the teacher inside or beside it.
 
     Args:
-        student: After stage 1. With LoRA its linear layers are replaced in place.
+        student: After stage 1. With LoRA its linear layers are replaced in place. Where it is in bfloat16,
+            ``full_targets`` need autocast around all that follows: their weights become float32.
         settings: The stage's settings.
 
     Attributes:
@@ -51,20 +52,20 @@ class RecoveryModel:
                 parameter.requires_grad_(True)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the optimizer's groups: new parameters, and LoRA factors or the teacher's weights."""
-        named = [(name, p) for name, p in self.student.named_parameters() if p.requires_grad]
-        return [
-            {
-                "name": "new",
-                "params": [p for name, p in named if is_new_parameter(name)],
-                "peak": self._settings.new_parameter_learning_rate,
-            },
-            {
-                "name": "base",
-                "params": [p for name, p in named if not is_new_parameter(name)],
-                "peak": self._settings.learning_rate,
-            },
-        ]
+        """Return the optimizer's groups: new parameters, LoRA factors or the teacher's weights, and those
+        that train in full beside LoRA, if any do."""
+        settings = self._settings
+        peaks = {"new": settings.new_parameter_learning_rate, "base": settings.learning_rate}
+        if self._lora is not None and settings.full_targets:
+            peaks["full"] = settings.full_learning_rate
+        groups: dict[str, dict[str, Any]] = {
+            name: {"name": name, "params": [], "peak": peak} for name, peak in peaks.items()
+        }
+        for name, parameter in self.student.named_parameters():
+            if parameter.requires_grad:
+                kind = "new" if is_new_parameter(name) else "full" if is_trained_in_full(name) else "base"
+                groups[kind]["params"].append(parameter)
+        return list(groups.values())
 
     def teacher_hidden(self, input_ids: Tensor) -> Tensor:
         """Return the teacher's last hidden states [B, T, hidden], without gradient."""
@@ -128,35 +129,68 @@ class RecoveryModel:
         return loss / total_weight
 
 
+def check_targets(decoder: nn.Module, settings: RecoverySettings) -> None:
+    """Refuse names of linear layers that a student's decoder does not have.
+
+    Args:
+        decoder: Of any student of the teacher; its weights are not looked at.
+        settings: The stage's settings.
+
+    Raises:
+        ConfigurationError: for the first such name of ``lora_targets`` or ``full_targets``.
+    """
+    # Of the decoder: the losses read the head's matrix itself, past factors that it might have.
+    modules = decoder.named_modules()
+    linear = {name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)}
+    for field in ("lora_targets", "full_targets"):
+        for target in getattr(settings, field) or ():
+            if target not in linear:
+                raise ConfigurationError(
+                    f"recovery.{field}: {target!r} is not a linear layer of the student's decoder; it has "
+                    f"{', '.join(sorted(linear))}.{did_you_mean(target, sorted(linear))}"
+                )
+
+
 def _with_lora(student: LawcatForCausalLM, settings: RecoverySettings) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise MissingDependencyError("peft", "distill", "stage 2 with train: lora") from error
-    # Of the decoder: the losses read the head's matrix itself, past factors that it might have.
-    modules = student.model.named_modules()
-    linear = {name.rpartition(".")[2] for name, module in modules if isinstance(module, torch.nn.Linear)}
-    unknown = [target for target in settings.lora_targets if target not in linear]
-    if unknown:
-        raise ConfigurationError(
-            f"recovery.lora_targets: {unknown[0]!r} is not a linear layer of the student's decoder; it has "
-            f"{', '.join(sorted(linear))}."
-        )
+    check_targets(student.model, settings)
     config = LoraConfig(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
         target_modules=list(settings.lora_targets),
+        # Beside the copy that trains, peft keeps the module as it was: the teacher's.
+        modules_to_save=list(settings.full_targets or ()) or None,
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():  # peft still asks transformers for a name that is on its way out
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        return get_peft_model(student, config)
+        wrapped = get_peft_model(student, config)
+    for name, parameter in student.named_parameters():
+        if is_trained_in_full(name):  # bfloat16 would round small updates away
+            parameter.data = parameter.data.float()
+    return wrapped
+
+
+def is_trained_in_full(name: str) -> bool:
+    """Return whether a parameter's name is that of a weight of ``full_targets`` as it trains.
+
+    >>> is_trained_in_full("model.layers.0.mlp.up_proj.modules_to_save.default.weight")
+    True
+    """
+    return ".modules_to_save." in name
 
 
 def plain_name(name: str) -> str:
-    """Return a parameter's name as it is in an adapter, without what PEFT puts into it.
+    """Return a parameter's name as it is in an adapter or student, without what PEFT puts into it.
 
     >>> plain_name("model.layers.0.self_attn.q_proj.lora_A.default.weight")
     'model.layers.0.self_attn.q_proj.lora_A.weight'
+    >>> plain_name("model.layers.0.mlp.up_proj.modules_to_save.default.weight")
+    'model.layers.0.mlp.up_proj.weight'
     """
-    return name.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.")
+    for part in (".lora_A", ".lora_B"):
+        name = name.replace(f"{part}.default.", f"{part}.")
+    return name.replace(".modules_to_save.default.", ".")
