@@ -106,6 +106,34 @@ def linearize(
     run_linearize(teacher, out, recipe, set_ or [], evaluate, tensorboard, variant, seeds)
 
 
+@app.command(name="rank-layers")
+@_with_exit_codes
+def rank_layers(
+    student: Annotated[
+        str, typer.Argument(help="Student or adapter after stage 1: linearize --set recovery.steps=0.")
+    ],
+    text: Annotated[
+        list[str], typer.Option(help="Held-out text: a file or glob of .txt, .md, .jsonl. Repeatable.")
+    ],
+    choose: Annotated[int, typer.Option(min=0, help="How many layers to keep as softmax.")] = 4,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="Pieces of text to read; 16 on a GPU and 4 on a CPU else.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of each; 1024 on a GPU and 512 on a CPU else.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of which pieces.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="Write the results here as JSON.")] = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    base: Base = None,
+) -> None:
+    """Measure what each layer's linear attention costs, and choose those to keep as softmax in a hybrid."""
+    from lawcat.cli.rank_layers import run_rank_layers
+
+    run_rank_layers(student, text, choose, windows, length, seed, output, device, dtype, base)
+
+
 @app.command(name="eval")
 @_with_exit_codes
 def evaluate(
@@ -130,7 +158,7 @@ def evaluate(
     ] = None,
     haystack: Annotated[
         str | None,
-        typer.Option(help="Text for needles and perplexity: file or glob; else a built-in excerpt."),
+        typer.Option(help="Text for needles, last words, perplexity: file or glob; else a built-in excerpt."),
     ] = None,
     noise: Annotated[
         str | None, typer.Option(help="Text around BABILong's facts: file or glob; else a built-in excerpt.")
@@ -231,13 +259,39 @@ def generate(
 @app.command()
 @_with_exit_codes
 def info(
-    model: Annotated[str, typer.Argument(help="Student, adapter or teacher.")],
+    model: Annotated[str | None, typer.Argument(help="Student, adapter or teacher.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    shipped: Annotated[
+        bool, typer.Option("--shipped", help="List the adapters that come with lawcat instead.")
+    ] = False,
 ) -> None:
     """Show what a model is, its memory by context length, and which backends are here and why."""
     from lawcat.cli.info import run_info
 
-    run_info(model, as_json)
+    run_info(model, as_json, shipped)
+
+
+@app.command()
+@_with_exit_codes
+def pack(
+    source: Annotated[Path, typer.Argument(help="An adapter, or a student that was trained here.")],
+    destination: Annotated[Path, typer.Argument(help="Directory to write; its name is the adapter's.")],
+    dtype: Annotated[str, typer.Option(help="Of LoRA factors: float16, bfloat16 or float32.")] = "float16",
+    new_parameters: Annotated[
+        str, typer.Option(help="Of convolutions, maps and gates: float16, bfloat16 or float32.")
+    ] = "float16",
+    base: Annotated[
+        str | None, typer.Option(help="What others load the base by: a hub id or smollm2-135m-instruct.")
+    ] = None,
+    card: Annotated[
+        Path | None, typer.Option(help="Markdown to put into the model card: what was measured.")
+    ] = None,
+    check: Annotated[bool, typer.Option(help="Say what rounding does to the logits.")] = True,
+) -> None:
+    """Write an adapter to give away: rounded, with a model card and sums, without this machine's paths."""
+    from lawcat.cli.pack import run_pack
+
+    run_pack(source, destination, dtype, new_parameters, base, card, check)
 
 
 @app.command(

@@ -19,10 +19,10 @@ import torch
 import yaml
 
 from lawcat.cli.display import Display
-from lawcat.convert.adapter import is_adapter
 from lawcat.convert.families import family_of
 from lawcat.convert.initialize import sliding_window_teacher
 from lawcat.convert.load import LoadedModel, check_device, check_model, default_device, load_model
+from lawcat.convert.shipped import adapter_folder
 from lawcat.distill.precision import resolve_precision
 from lawcat.errors import ConfigurationError, DataError
 from lawcat.evaluation.attention import check_attention, set_attention
@@ -201,7 +201,7 @@ def _check_models(call: EvaluationCall, windows: list[int], display: Display) ->
     """Find out now what is wrong with the last model, and not after hours of measuring the others."""
     for model in call.models:
         config = check_model(model, base=call.base, tokenizer=call.tokenizer, progress=display.message)
-        if windows and config.model_type != "lawcat" and not is_adapter(Path(model)):
+        if windows and config.model_type != "lawcat" and adapter_folder(model) is None:
             family_of(config)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
-from lawcat.convert.adapter import Adapter, is_adapter
+from lawcat.convert.adapter import CARD_NAME, Adapter
 from lawcat.convert.families import family_of
 from lawcat.convert.initialize import student_config
+from lawcat.convert.shipped import adapter_folder, shipped_adapters
 from lawcat.convert.teacher import load_teacher_config
+from lawcat.errors import ConfigurationError
 from lawcat.evaluation.lengths import format_length
 from lawcat.files import human_bytes
 from lawcat.model.configuration_lawcat import FULL, LINEAR, SLIDING, LawcatConfig
@@ -20,8 +21,13 @@ _LENGTHS = (1024, 4096, 16384, 65536, 262144)
 _CACHE_BYTES, _STATE_BYTES = 2, 4
 
 
-def run_info(model: str, as_json: bool) -> None:
+def run_info(model: str | None, as_json: bool, shipped: bool) -> None:
     """See the command's help."""
+    if shipped == (model is not None):
+        raise ConfigurationError("name a model, or give --shipped for the adapters that come with lawcat.")
+    if model is None:
+        _print_shipped(as_json)
+        return
     found = describe(model)
     if as_json:
         print(json.dumps(found, indent=2))
@@ -39,12 +45,43 @@ def run_info(model: str, as_json: bool) -> None:
         print(f"  {line}")
 
 
+def describe_shipped() -> list[dict[str, Any]]:
+    """Return what ``lawcat info --shipped`` shows, as plain data: the adapters that come with lawcat."""
+    found = []
+    for name, folder in shipped_adapters().items():
+        adapter = Adapter.load(folder)
+        found.append(
+            {
+                "name": name,
+                "base": adapter.base_name,
+                "description": " ".join(str(adapter.recipe.get("description", "")).split()),
+                "bytes": sum(file.stat().st_size for file in folder.iterdir()),
+                "card": str(folder / CARD_NAME),
+            }
+        )
+    return found
+
+
+def _print_shipped(as_json: bool) -> None:
+    found = describe_shipped()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for one in found:
+        print(f"{one['name']}: {human_bytes(one['bytes'])}, base {one['base']}")
+        if one["description"]:
+            print(f"  {one['description']}")
+        print(f"  {one['card']}")
+    if not found:
+        print("no adapters come with this lawcat")
+
+
 def describe(model: str) -> dict[str, Any]:
     """Return what ``lawcat info`` shows, as plain data."""
-    path = Path(model)
     kind, base = "teacher", None
-    if is_adapter(path):
-        adapter = Adapter.load(path)
+    folder = adapter_folder(model)
+    if folder is not None:
+        adapter = Adapter.load(folder)
         kind, base = "adapter", adapter.base_name
         config = student_config(
             load_teacher_config(base), softmax_layers=adapter.softmax_layers, **adapter.operator

@@ -22,12 +22,12 @@ def run_lm_eval_tasks(
     folder: Path, model: str, tasks: str, lengths: str, samples: int, seed: int, assignments: list[str]
 ) -> None:
     """See the command's help."""
-    from lawcat.convert.teacher import load_tokenizer
+    from lawcat.convert.load import load_model_tokenizer
     from lawcat.evaluation.lm_eval import write_tasks
 
     names = write_tasks(
         folder,
-        load_tokenizer(model),
+        load_model_tokenizer(model),
         tasks=[task.strip() for task in tasks.split(",") if task.strip()],
         lengths=parse_lengths(lengths, least=0),
         samples=samples,

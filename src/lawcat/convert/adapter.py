@@ -8,7 +8,7 @@ LoRA's rank and scale, the recipe) and ``lawcat_adapter.safetensors`` (new param
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from lawcat.model.modeling_lawcat import LawcatForCausalLM
 
 DESCRIPTION_NAME = "lawcat_adapter.json"
 TENSORS_NAME = "lawcat_adapter.safetensors"
+CARD_NAME = "README.md"
 _LORA_A, _LORA_B = ".lora_A.weight", ".lora_B.weight"
 _SCHEMA = 1
 
@@ -38,7 +39,8 @@ class Adapter:
         base_fingerprint: SHA-256 of the base's tensors.
         operator: Fields of the operator, ``lawcat.convert.initialize.OPERATOR_FIELDS``.
         softmax_layers: Layers that keep softmax attention.
-        tensors: New parameters and LoRA factors by name, float32.
+        tensors: New parameters and LoRA factors by name: float32 as trained, fewer bits where they were
+            rounded.
         lora_scale: ``alpha / rank``; 0 where there are no LoRA factors.
         recipe: The resolved recipe.
         lawcat_version: What wrote it.
@@ -53,8 +55,12 @@ class Adapter:
     recipe: dict[str, Any] = field(default_factory=dict)
     lawcat_version: str = __version__
 
-    def save(self, directory: str | Path) -> Path:
+    def save(self, directory: str | Path, *, card: str | None = None) -> Path:
         """Write the adapter as a folder, whole or not at all.
+
+        Args:
+            directory: Must not exist.
+            card: Markdown for its `README.md`.
 
         Raises:
             LawcatError: when the folder exists or cannot be written.
@@ -67,6 +73,8 @@ class Adapter:
         def write(place: Path) -> None:
             write_atomic(place / DESCRIPTION_NAME, json.dumps(description, indent=2) + "\n")
             save_file(tensors, place / TENSORS_NAME, metadata={"format": "pt"})
+            if card is not None:
+                write_atomic(place / CARD_NAME, card)
             write_manifest(place)
 
         write_directory_atomic(Path(directory), write)
@@ -102,6 +110,29 @@ class Adapter:
                 f"{folder / DESCRIPTION_NAME} is damaged: a field is missing or unknown ({error}). Get the "
                 "adapter again, or train it again."
             ) from error
+
+    def rounded(self, dtype: torch.dtype, new_parameter_dtype: torch.dtype = torch.float32) -> Adapter:
+        """Return the adapter with its tensors in fewer bits; what it is applied to stays as it was.
+
+        Biases stay float32: they are few, and a gate's decay hangs on theirs.
+
+        Args:
+            dtype: Of the LoRA factors.
+            new_parameter_dtype: Of the new parameters.
+
+        Raises:
+            CheckpointError: for a value that is not finite, or too large for its type.
+        """
+        tensors = {}
+        for name, tensor in self.tensors.items():
+            kind = dtype if name.endswith((_LORA_A, _LORA_B)) else new_parameter_dtype
+            tensors[name] = tensor.to(torch.float32 if tensor.ndim < 2 else kind)
+            if not tensors[name].isfinite().all():
+                raise CheckpointError(
+                    f"{name} holds values that {str(kind).removeprefix('torch.')} cannot (the largest is "
+                    f"{float(tensor.abs().max()):.3g}). Use float32 or bfloat16, or train again."
+                )
+        return replace(self, tensors=tensors)
 
     def check_base(self, fingerprint: str, name: str) -> None:
         """Refuse a base that the adapter was not trained on.

@@ -12,9 +12,10 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
-from lawcat.convert.adapter import Adapter, is_adapter
+from lawcat.convert.adapter import Adapter
 from lawcat.convert.initialize import cast_teacher_weights, convert
 from lawcat.convert.pretrained import complete_generation_config, without_progress_bars
+from lawcat.convert.shipped import adapter_folder
 from lawcat.convert.teacher import (
     Progress,
     load_teacher,
@@ -57,7 +58,7 @@ def load_model(
     """Load a student directory, an adapter (applied to its base), or any transformers causal model.
 
     Args:
-        name: A directory, or anything that is accepted as a teacher.
+        name: A directory, an adapter that comes with lawcat, or anything that is accepted as a teacher.
         dtype: Of the weights; the new parameters of a student stay float32. ``None``: as saved.
         device: Where to; ``None`` is the GPU if there is one.
         base: The teacher to apply an adapter to; ``None`` is the one it names.
@@ -71,9 +72,10 @@ def load_model(
     """
     place = check_device(device)
     path = Path(name)
-    own = load_tokenizer(tokenizer, progress=progress) if tokenizer is not None else None
-    if is_adapter(path):
-        return _load_adapter(path, dtype, place, base, own, progress)
+    own = load_model_tokenizer(tokenizer, progress=progress) if tokenizer is not None else None
+    folder = adapter_folder(name)
+    if folder is not None:
+        return _load_adapter(str(name), folder, dtype, place, base, own, progress)
     if _is_student(path):
         return _load_student(path, dtype, place, own)
     source = resolve_teacher(name, progress=progress)
@@ -108,10 +110,11 @@ def check_model(
     """
     path = Path(name)
     if tokenizer is not None:
-        load_tokenizer(tokenizer, progress=progress)
-    if is_adapter(path):
+        load_model_tokenizer(tokenizer, progress=progress)
+    folder = adapter_folder(name)
+    if folder is not None:
         with _adapter_base_errors(base):
-            source: str | Path = base or Adapter.load(path).base_name
+            source: str | Path = base or Adapter.load(folder).base_name
             config = load_teacher_config(source, progress=progress)
             if tokenizer is None:
                 load_tokenizer(source, progress=progress)
@@ -123,6 +126,24 @@ def check_model(
         else:
             _teacher_tokenizer(name, progress)
     return config
+
+
+def load_model_tokenizer(name: str | Path, *, progress: Progress | None = None) -> Any:
+    """Return the tokenizer of a model without its weights: of an adapter that of its base.
+
+    Args:
+        name: As of `load_model`.
+        progress: As there.
+
+    Raises:
+        CheckpointError: for an adapter that is damaged.
+        TeacherError: for a model that cannot be found, or that has no tokenizer.
+    """
+    folder = adapter_folder(name)
+    if folder is None:
+        return load_tokenizer(name, progress=progress)
+    with _adapter_base_errors(None):
+        return load_tokenizer(Adapter.load(folder).base_name, progress=progress)
 
 
 def check_device(device: str | torch.device | None) -> torch.device:
@@ -214,6 +235,7 @@ def _load_student(
 
 
 def _load_adapter(
+    name: str,
     path: Path,
     dtype: torch.dtype | None,
     device: torch.device,
@@ -229,7 +251,7 @@ def _load_adapter(
     adapter.apply(student)
     if dtype is not None:
         cast_teacher_weights(student, dtype)
-    return LoadedModel(student.to(device).eval(), tokenizer or teacher.tokenizer, str(path), "adapter")
+    return LoadedModel(student.to(device).eval(), tokenizer or teacher.tokenizer, name, "adapter")
 
 
 def default_device() -> torch.device:

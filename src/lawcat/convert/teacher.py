@@ -34,6 +34,7 @@ from lawcat.convert.pretrained import (
     without_progress_bars,
 )
 from lawcat.convert.safetensors_file import fingerprint, read_entries
+from lawcat.convert.shipped import shipped_adapters
 from lawcat.errors import TeacherError, did_you_mean
 from lawcat.files import human_bytes, sha256_file
 
@@ -347,9 +348,18 @@ def _locate(
     if not _HUB_ID.match(text):
         raise TeacherError(
             f"{text!r} is no teacher: neither a file or folder, nor spelled as a hub id. Give {_KINDS}."
-            + did_you_mean(text.lower(), [EMBEDDED_TEACHER])
+            + _did_you_mean(text)
+        )
+    if text.lower() in shipped_adapters():
+        raise TeacherError(
+            f"{text} is an adapter that comes with lawcat, a linear model already, and no teacher. "
+            f"Give {_KINDS}."
         )
     return _Location(text, TeacherKind.HUB, root, revision=revision)
+
+
+def _did_you_mean(name: str) -> str:
+    return did_you_mean(name.lower(), [EMBEDDED_TEACHER, *shipped_adapters()])
 
 
 def _gguf_sha256(place: _Location) -> str:
@@ -380,7 +390,7 @@ def _from_hub(place: _Location, patterns: Sequence[str], tell: Progress) -> Path
     if _WEIGHT_FILES[0] in patterns:
         tell(f"fetching {place.name} from the hub, where it is not here already")
     named = f"{place.name} (revision {place.revision})" if place.revision else place.name
-    meant = did_you_mean(place.name.lower(), [EMBEDDED_TEACHER])
+    meant = _did_you_mean(place.name)
     try:
         return Path(snapshot_download(place.name, revision=place.revision, allow_patterns=list(patterns)))
     except GatedRepoError as error:
