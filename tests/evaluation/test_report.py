@@ -93,18 +93,28 @@ def test_page_has_a_table_of_models_and_lengths():
     assert "What to know" not in page
 
 
+def test_texts_among_the_options_are_told_by_name_and_hash():
+    noise = {"name": "own.txt", "sha256": "cd" * 32}
+    options = {"noise": noise, "babi": None}
+    made = CellResult("babilong_qa1", 0, options, ("accuracy",), [record("babilong_qa1", 0, 0, 1.0)])
+    page = markdown_report([EvaluationResult("student", "f", 0, [made])])
+    assert "options: noise own.txt (SHA-256 cdcdcdcdcdcdcdcd...), babi None\n" in page
+
+
 def test_page_says_what_went_wrong():
     crashed = cell("passkey", 1024, 5)
     crashed.records[:3] = [record("passkey", 1024, index, 0.0, "RuntimeError: x") for index in range(3)]
     beyond = cell("passkey", 8192, 5, beyond_window=True)
     repeated = cell("passkey", 4096, 5, metadata={"haystack_repeats": 2})
+    once = cell("copy", 4096, 5, metadata={"haystack_repeats": 1})
     nothing = CellResult("passkey", 512, {}, ("accuracy",), [record("passkey", 512, 0, 0.0, "x")])
-    evaluation = EvaluationResult("student", "f", 0, [nothing, crashed, repeated, beyond])
+    evaluation = EvaluationResult("student", "f", 0, [nothing, crashed, repeated, beyond, once])
     assert report_notes(evaluation) == [
         "student, passkey at 512: 1 of 1 samples crashed and are in no score.",
         "student, passkey at 1K: 3 of 20 samples crashed and are in no score.",
         "student, passkey at 4K: the haystack was too short; prompts repeat it 2 times.",
         "student, passkey at 8K: prompts are longer than the window the model declares; none was cut.",
+        "student, copy at 4K: the haystack was too short; prompts repeat it once.",
     ]
     page = markdown_report([evaluation])
     assert all(note in page for note in report_notes(evaluation))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lawcat.evaluation.lengths import format_length
@@ -28,8 +29,9 @@ def report_notes(results: Results) -> list[str]:
         if cell.get("beyond_window"):
             notes.append(f"{where}: prompts are longer than the window the model declares; none was cut.")
         if cell.get("haystack_repeats"):
-            times = cell["haystack_repeats"]
-            notes.append(f"{where}: the haystack was too short; prompts repeat it {times} times.")
+            repeats = cell["haystack_repeats"]
+            times = "once" if repeats == 1 else f"{repeats} times"
+            notes.append(f"{where}: the haystack was too short; prompts repeat it {times}.")
     return notes
 
 
@@ -75,4 +77,10 @@ def provenance(results: Results) -> list[tuple[str, str]]:
 
 
 def _pairs(values: Any) -> str:
-    return ", ".join(f"{key} {value}" for key, value in (values or {}).items())
+    return ", ".join(f"{key} {_plain(value)}" for key, value in (values or {}).items())
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping) and value.keys() == {"name", "sha256"}:  # a text
+        return f"{value['name']} (SHA-256 {value['sha256'][:16]}...)"
+    return str(value)

@@ -81,7 +81,7 @@ def read_records(path: str | os.PathLike[str]) -> dict[str, SampleRecord]:
     """Return the finished samples of a file by their keys; crashed ones are left out, to be tried again.
 
     Args:
-        path: A file that `append_records` wrote. It need not exist. A last line that was cut off, as by a
+        path: A file that `append_record` wrote. It need not exist. A last line that was cut off, as by a
             kill, is passed over.
 
     Returns:

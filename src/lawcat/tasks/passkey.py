@@ -1,8 +1,7 @@
 """Passkey retrieval: a number hidden in a text that says nothing.
 
 Source: Mohtashami and Jaggi, "Landmark Attention" (arXiv 2305.16300), `llama/run_test.py`; length rules of
-    LongLoRA
-(`passkey_retrivial.py`) and LongRoPE (`evaluation/passkey.py`).
+    LongLoRA (`passkey_retrivial.py`) and LongRoPE (`evaluation/passkey.py`).
 """
 
 from __future__ import annotations
