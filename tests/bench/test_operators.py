@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from comparison import assert_near
-from lawcat.bench import mixers as mixers_module
 from lawcat.bench import operators
 from lawcat.bench.mixers import (
     Mixer,
@@ -25,6 +24,7 @@ from lawcat.bench.mixers import (
 from lawcat.bench.shapes import MixerShape, shape_names, teacher_config
 from lawcat.errors import ConfigurationError
 from lawcat.model.attention import LawcatAttention
+from lawcat.ops import backend_names
 from small_models import make_config
 
 CPU = torch.device("cpu")
@@ -182,10 +182,13 @@ def test_shapes() -> None:
         teacher_config("llama-3.2-1")
 
 
-def test_every_backend_is_a_contender() -> None:
+@pytest.mark.parametrize("is_interpreted", [False, True])
+def test_every_backend_is_a_contender(is_interpreted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the definition, and for kernels that an interpreter would run."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1" if is_interpreted else "0")
     names = [mixer.name for mixer in mixers() if mixer.is_ours]
-    expected = [n for n in mixers_module.backend_names() if n not in ("auto", "reference")]
-    assert names == [f"lawcat ({name})" for name in expected]
+    left_out = ("auto", "reference", "triton") if is_interpreted else ("auto", "reference")
+    assert names == [f"lawcat ({name})" for name in backend_names() if name not in left_out]
     assert [mixer.name for mixer in mixers(("reference",)) if mixer.is_ours] == ["lawcat (reference)"]
 
 

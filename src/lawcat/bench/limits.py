@@ -8,9 +8,21 @@ from collections.abc import Sequence
 import torch
 
 from lawcat.errors import ConfigurationError
+from lawcat.ops import backend_names
+from lawcat.ops.triton import support
 
 # A cell that would take so many times what it may take is left out.
 _PATIENCE = 10.0
+
+
+def timed_backends() -> tuple[str, ...]:
+    """Return our backends without the slow definition, and without kernels where an interpreter runs them.
+
+    >>> "reference" in timed_backends()
+    False
+    """
+    left_out = {"auto", "reference"} | ({"triton"} if support.is_interpreted() else set())
+    return tuple(name for name in backend_names() if name not in left_out)
 
 
 def check_arguments(device: torch.device, lengths: Sequence[int], cuda_graphs: bool) -> None:

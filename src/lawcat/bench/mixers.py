@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lawcat.bench import onnx_attention
+from lawcat.bench.limits import timed_backends
 from lawcat.bench.shapes import MixerShape
 from lawcat.ops import (
-    backend_names,
     causal_conv1d,
     gated_linear_attention_reference,
     gated_linear_attention_step,
@@ -258,7 +258,7 @@ def mixers(backends: tuple[str, ...] | None = None) -> list[Mixer]:
         >>> [mixer.name for mixer in mixers() if mixer.is_ours][0]
         'lawcat (torch)'
     """
-    names = backends or tuple(name for name in backend_names() if name not in ("auto", "reference"))
+    names = backends or timed_backends()
     return [
         *(_ours(name) for name in names),
         _sdpa("FlashAttention-2 (torch SDPA)", [SDPBackend.FLASH_ATTENTION], _needs_half_precision_gpu),

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lawcat.bench.limits import timed_backends
 from lawcat.bench.shapes import MixerShape, teacher_config
 from lawcat.convert.initialize import convert
 from lawcat.convert.load import load_model
 from lawcat.model.modeling_lawcat import LawcatForCausalLM
-from lawcat.ops import backend_names, use_backend
+from lawcat.ops import use_backend
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Pair:
             backends: Which of our backends; all but the slow definition when None.
         """
         device = next(self.student.parameters()).device
-        names = backends or tuple(name for name in backend_names() if name not in ("auto", "reference"))
+        names = backends or timed_backends()
         ours = [
             Subject(f"lawcat ({name})", True, self.student, _backend_context(name), backend=name)
             for name in names

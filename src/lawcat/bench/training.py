@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lawcat.bench.limits import timed_backends
 from lawcat.bench.models import Pair
 from lawcat.bench.operators import Progress
 from lawcat.bench.record import Record
@@ -15,7 +16,7 @@ from lawcat.distill.recipe import AttentionTransferSettings, RecoverySettings
 from lawcat.distill.recovery import RecoveryModel
 from lawcat.distill.sequence import Batch
 from lawcat.distill.trainer import AttentionTransferStage, RecoveryStage, Stage, Workers
-from lawcat.ops import backend_names, use_backend
+from lawcat.ops import use_backend
 
 
 def measure(
@@ -44,7 +45,7 @@ def measure(
     Returns:
         A record for each stage and backend; one that could not run says why.
     """
-    names = backends or tuple(name for name in backend_names() if name not in ("auto", "reference"))
+    names = backends or timed_backends()
     device = next(pair.student.parameters()).device
     records = []
     stages: list[tuple[str, Callable[[], Stage]]] = [
