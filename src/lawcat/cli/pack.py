@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from lawcat.cli.display import Display
-from lawcat.convert.load import load_model_tokenizer
 from lawcat.convert.pack import pack_adapter
 from lawcat.errors import DataError
 from lawcat.files import human_bytes
 from lawcat.tasks import builtin_source
 
-_NUM_TOKENS = 512
+# Ten characters a token are more than any tokenizer packs into one of prose.
+_NUM_CHARS = 5120
 
 
 def run_pack(
@@ -26,7 +26,6 @@ def run_pack(
     """See the command's help."""
     more = _read(card) if card is not None else None
     with Display() as display:
-        ids = _input_ids(source, base, display) if check else None
         report = pack_adapter(
             source,
             destination,
@@ -34,7 +33,7 @@ def run_pack(
             new_parameter_dtype=new_parameters,
             base=base,
             card=more,
-            input_ids=ids,
+            check_text=builtin_source().text[:_NUM_CHARS] if check else None,
             progress=display.message,
         )
     print(
@@ -44,12 +43,6 @@ def run_pack(
     )
     if report.change is not None:
         print(f"rounding: {report.change}")
-
-
-def _input_ids(source: Path, base: str | None, display: Display) -> list[int]:
-    tokenizer = load_model_tokenizer(base or source, progress=display.message)
-    text = builtin_source().text[: 10 * _NUM_TOKENS]
-    return list(tokenizer(text, verbose=False).input_ids[:_NUM_TOKENS])
 
 
 def _read(card: Path) -> str:

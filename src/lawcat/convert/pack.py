@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,20 @@ from torch import Tensor
 from lawcat.convert.adapter import Adapter, is_adapter
 from lawcat.convert.initialize import convert, is_new_parameter
 from lawcat.convert.save import ADAPTER_FOLDER
-from lawcat.convert.teacher import EMBEDDED_TEACHER, Progress, TeacherSource, load_teacher, resolve_teacher
+from lawcat.convert.teacher import (
+    EMBEDDED_TEACHER,
+    Progress,
+    TeacherSource,
+    load_teacher,
+    load_tokenizer,
+    resolve_teacher,
+)
 from lawcat.errors import CheckpointError, ConfigurationError, did_you_mean
 from lawcat.files import human_bytes
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+_CHECK_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ def pack_adapter(
     new_parameter_dtype: str = "float16",
     base: str | None = None,
     card: str | None = None,
-    input_ids: Sequence[int] | None = None,
+    check_text: str | None = None,
     progress: Progress | None = None,
 ) -> PackReport:
     """Write an adapter with its tensors rounded, a model card, and nothing of the machine it was made on.
@@ -92,8 +100,8 @@ def pack_adapter(
         new_parameter_dtype: Of the new parameters (convolutions, maps, gates), alike; biases stay float32.
         base: What the base is called from now on; must be the same, by its fingerprint. None keeps the name.
         card: Markdown for the model card, below what is known of itself: what was measured, for whom it is.
-        input_ids: Tokens on which the student of the packed adapter is compared with that of the source; None
-            leaves that out, and then the base is not loaded.
+        check_text: On its first 512 tokens the student of the packed adapter is compared with that of the
+            source. None leaves that out, and then the base is not loaded.
         progress: Called with a line of text before what takes long.
 
     Returns:
@@ -122,15 +130,16 @@ def pack_adapter(
             f"can load it by with --base (base=): a hub id, or {EMBEDDED_TEACHER}."
         )
     teacher: TeacherSource | None = None
-    if base is not None or input_ids is not None:
+    if base is not None or check_text is not None:
         teacher = resolve_teacher(name, progress=progress)
         adapter.check_base(teacher.fingerprint, teacher.name)
     packed = replace(adapter.rounded(*types), base_name=name, recipe=_without_folders(adapter.recipe))
     change = None
-    if teacher is not None and input_ids is not None:
+    if teacher is not None and check_text is not None:
+        ids = load_tokenizer(teacher)(check_text, verbose=False).input_ids[:_CHECK_TOKENS]
         if progress is not None:
             progress("comparing the student of the packed adapter with that of the source")
-        change = compare_adapters(adapter, packed, teacher, torch.tensor([list(input_ids)]))
+        change = compare_adapters(adapter, packed, teacher, torch.tensor([ids]))
     packed.save(target, card=adapter_card(packed, target.name, card))
     return PackReport(
         folder=target,
