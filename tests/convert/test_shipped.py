@@ -88,7 +88,9 @@ def test_what_comes_with_this_lawcat(name: str) -> None:
 
 
 def test_a_name_is_as_good_as_its_folder(adapters: Path, base: Path) -> None:
-    loaded = load_model(NAME)
+    said: list[str] = []
+    loaded = load_model(NAME, progress=said.append)
+    assert said == []
     assert (loaded.name, loaded.kind) == (NAME, "adapter")
     assert torch.equal(loaded.model(IDS).logits, load_model(adapters / NAME).model(IDS).logits)
     assert not torch.equal(loaded.model(IDS).logits, load_model(base).model(IDS).logits)
@@ -137,7 +139,9 @@ def test_a_model_of_that_name_here_goes_first(
     shutil.rmtree(tmp_path / NAME)
     save_teacher(tmp_path / NAME)
     assert adapter_folder(NAME) is None
-    assert load_model(NAME).kind == "teacher"
+    said: list[str] = []
+    assert load_model(NAME, progress=said.append).kind == "teacher"
+    assert said == [f"{NAME} is a folder here; the adapter of that name that comes with lawcat is not used"]
 
 
 def test_unknown_names_and_teachers(adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from lawcat.convert.adapter import Adapter
 from lawcat.convert.initialize import cast_teacher_weights, convert
 from lawcat.convert.pretrained import complete_generation_config, without_progress_bars
-from lawcat.convert.shipped import adapter_folder
+from lawcat.convert.shipped import adapter_folder, shipped_adapters
 from lawcat.convert.teacher import (
     Progress,
     load_teacher,
@@ -74,6 +74,9 @@ def load_model(
     path = Path(name)
     own = load_model_tokenizer(tokenizer, progress=progress) if tokenizer is not None else None
     folder = adapter_folder(name)
+    ours = shipped_adapters().get(str(name).lower())
+    if isinstance(name, str) and ours not in (None, folder) and progress is not None:
+        progress(f"{name} is a folder here; the adapter of that name that comes with lawcat is not used")
     if folder is not None:
         return _load_adapter(str(name), folder, dtype, place, base, own, progress)
     if _is_student(path):
