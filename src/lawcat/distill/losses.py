@@ -35,6 +35,49 @@ def relative_squared_error(output: Tensor, target: Tensor) -> Tensor:
     return (output - target).pow(2).mean(-1) / target.pow(2).mean(-1)
 
 
+def kl_divergence(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Return KL(teacher || student) of next-token distributions, a token, in nats.
+
+    Args:
+        student_logits: [..., V], float32.
+        teacher_logits: The same shape.
+
+    Returns:
+        [...].
+
+    Example:
+        >>> round(kl_divergence(torch.zeros(1, 2), torch.tensor([[0.0, 99.0]])).item(), 4)
+        0.6931
+    """
+    student_log, teacher_log = F.log_softmax(student_logits, -1), F.log_softmax(teacher_logits, -1)
+    return F.kl_div(student_log, teacher_log, log_target=True, reduction="none").sum(-1)
+
+
+@torch.no_grad()
+def hidden_divergence(hidden: Tensor, teacher_hidden: Tensor, head: Tensor) -> Tensor:
+    """Return ``kl_divergence`` from last hidden states, a piece of the tokens at a time, without gradient.
+
+    Args:
+        hidden: The student's [..., hidden].
+        teacher_hidden: The teacher's, the same shape.
+        head: The output matrix of both [V, hidden].
+
+    Returns:
+        [...], float32.
+    """
+    rows, teacher_rows = hidden.flatten(0, -2), teacher_hidden.flatten(0, -2)
+    step = _tokens_at_a_time(hidden)
+    pieces = [
+        kl_divergence(F.linear(mine, head).float(), F.linear(theirs, head).float())
+        for mine, theirs in zip(torch.split(rows, step), torch.split(teacher_rows, step), strict=True)
+    ]
+    return torch.cat(pieces).view(hidden.shape[:-1])
+
+
+def _tokens_at_a_time(hidden: Tensor) -> int:
+    return _TOKENS_AT_A_TIME_ON_CPU if hidden.device.type == "cpu" else _TOKENS_AT_A_TIME
+
+
 class _LanguageLoss(torch.autograd.Function):
     """Cross-entropy and KL over a vocabulary, a piece of the tokens at a time, gradients computed on the way.
 
@@ -59,7 +102,7 @@ class _LanguageLoss(torch.autograd.Function):
         hidden_grad = torch.zeros_like(hidden)
         head_grad = torch.zeros_like(head) if head.requires_grad else None
         sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
-        step = _TOKENS_AT_A_TIME_ON_CPU if hidden.device.type == "cpu" else _TOKENS_AT_A_TIME
+        step = _tokens_at_a_time(hidden)
         for start in range(0, hidden.shape[0], step):
             piece = slice(start, start + step)
             weight = weights[piece]
@@ -72,10 +115,8 @@ class _LanguageLoss(torch.autograd.Function):
                 kl = torch.zeros((), device=hidden.device)
                 if kl_weight and teacher_hidden is not None and teacher_head is not None:
                     with torch.no_grad():
-                        teacher_logits = F.linear(teacher_hidden[piece], teacher_head).float() / temperature
-                        teacher_log = F.log_softmax(teacher_logits, -1)
-                    student_log = F.log_softmax(logits / temperature, -1)
-                    divergence = F.kl_div(student_log, teacher_log, log_target=True, reduction="none").sum(-1)
+                        teacher_logits = F.linear(teacher_hidden[piece], teacher_head).float()
+                    divergence = kl_divergence(logits / temperature, teacher_logits / temperature)
                     kl = (weight * divergence).sum() * temperature**2
                     total = total + kl_weight * kl
                 wanted = [piece_hidden, piece_head] if head_grad is not None else [piece_hidden]

@@ -10,7 +10,7 @@ keep their names and a layer left as softmax computes what the teacher computes,
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -135,11 +135,17 @@ class LawcatPreTrainedModel(PreTrainedModel):
 
         With untrained projections that is the teacher itself. A cache made outside does not fit inside.
         """
+        with self.softmax_in(range(self.config.num_hidden_layers)):
+            yield
+
+    @contextlib.contextmanager
+    def softmax_in(self, layers: Iterable[int]) -> Iterator[None]:
+        """As ``teacher_mode``, of these layers only, counted from 0."""
         modules = self.attention_modules()
         kinds = self.present_layer_types()
         try:
-            for module in modules:
-                module.kind = FULL
+            for layer in layers:
+                modules[layer].kind = FULL
             yield
         finally:
             for module, kind in zip(modules, kinds, strict=True):
