@@ -14,6 +14,8 @@ from torch import Tensor
 
 from comparison import assert_near
 from lawcat import LawcatCache, LawcatForCausalLM
+from lawcat.convert.initialize import is_new_parameter
+from lawcat.distill.attention_transfer import attention_transfer_losses
 from lawcat.errors import BackendError
 from lawcat.ops import use_backend
 from small_models import make_model
@@ -23,6 +25,8 @@ if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
     pytest.skip("triton was imported without its interpreter", allow_module_level=True)
 
 from lawcat.ops.triton import decode_step as decode_module  # noqa: E402
+from lawcat.ops.triton import function as function_module  # noqa: E402
+from lawcat.ops.triton.mixer import MixerInputs, MixerOptions  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # As small as it goes: the interpreter takes milliseconds for every operation.
@@ -65,6 +69,15 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def no_launch(launches: list[int]) -> Iterator[None]:
     yield
     assert not launches
+
+
+def in_bfloat16(model: LawcatForCausalLM) -> LawcatForCausalLM:
+    """A copy as it is loaded: the new parameters stay float32."""
+    model = copy.deepcopy(model).to(torch.bfloat16)
+    for module in model.attention_modules():
+        for name in module.new_modules():
+            getattr(module, name).float()
+    return model
 
 
 def tokens_of(*shape: int) -> Tensor:
@@ -257,6 +270,32 @@ def test_gradients_on_the_kernels(checkpointing: bool) -> None:
         assert_near(gradients["triton"][name], expected, 1e-4, name)
 
 
+def test_stage_1_on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, of which the kernels get what they are made for: the gate and what trains in float32."""
+    tokens = tokens_of(2, 6)
+    dtypes: dict[str, torch.dtype] = {}
+    original = function_module.run
+
+    def noting(inputs: MixerInputs, options: MixerOptions) -> tuple[Tensor, Tensor]:
+        dtypes.update({name: t.dtype for name, t in vars(inputs).items() if isinstance(t, Tensor)})
+        return original(inputs, options)
+
+    monkeypatch.setattr(function_module, "run", noting)
+    found = {}
+    for backend in ("torch", "triton"):
+        model = in_bfloat16(model_of()).requires_grad_(False)
+        new = [p for n, p in model.named_parameters() if is_new_parameter(n)]
+        for parameter in new:
+            parameter.requires_grad_(True)
+        with use_backend(backend):
+            losses = attention_transfer_losses(model, tokens, gradient_scale=1.0)
+        found[backend] = [losses, *(parameter.grad for parameter in new)]
+    for actual, expected in zip(found["triton"], found["torch"], strict=True):
+        assert_near(actual, expected, 3e-2)
+    float32 = dict.fromkeys(("gate", "q_taps", "k_taps", "map_weight"), torch.float32)
+    assert dtypes == dict.fromkeys("qkv", torch.bfloat16) | float32
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @torch.no_grad()
@@ -264,10 +303,7 @@ def test_decoding_in_bfloat16_on_a_gpu(launches: list[int]) -> None:
     """The kernel is what "auto" takes; both backends against float32."""
     fields = {"head_dim": 64, "num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 512}
     exact = make_model(**fields, noise=0.02).to(DEVICE)
-    model = copy.deepcopy(exact).to(torch.bfloat16)
-    for module in model.attention_modules():
-        for name in module.new_modules():
-            getattr(module, name).float()
+    model = in_bfloat16(exact)
     tokens = tokens_of(4, 300)
     with use_backend("torch"):
         expected = exact(tokens).logits[:, 200:]
