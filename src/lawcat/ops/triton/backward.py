@@ -240,7 +240,7 @@ def query_gradient_kernel(
         other=0.0,
     )
     normaliser = tl.load(normalisers + row * F + feature, mask=is_feature, other=0.0)
-    if tl.load(strongest + row) >= -2 * MAX_EXPONENT:
+    if SUB == C or tl.load(strongest + row) >= -2 * MAX_EXPONENT:
         for t0 in range(start, stop, C):
             state, normaliser = query_gradient_chunk(
                 state, normaliser, q, k, v, sums, q_taps, k_taps, q_before, k_before, weight, keep,
@@ -404,7 +404,7 @@ def key_gradient_kernel(
     carry = tl.sum(at_end * state, axis=0)
     carry += normaliser * tl.load(normalisers + (row + N) * F + feature, mask=is_feature, other=0.0)
     chunks = tl.cdiv(stop - start, C)
-    if tl.load(strongest + row) >= -2 * MAX_EXPONENT:
+    if SUB == C or tl.load(strongest + row) >= -2 * MAX_EXPONENT:
         for index in range(0, chunks):
             state, normaliser, carry = key_gradient_chunk(
                 state, normaliser, carry, q, k, v, sums, q_taps, k_taps, q_before, k_before, weight, keep,

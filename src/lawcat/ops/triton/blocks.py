@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Half of what a chunk or sub-block may decay. 2^57.7 = e^40 is far from what float32 and bfloat16 hold, also
-# when it is multiplied with values and summed.
-MAX_EXPONENT = tl.constexpr(57.7)
+# Half of what a chunk or sub-block may decay, a little above e^40 so that 32 tokens of e^-2.5 fit. It is far
+# from what float32 and bfloat16 hold, also when it is multiplied with values and summed.
+MAX_EXPONENT = tl.constexpr(57.75)
 
 
 @triton.jit

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-# What a sub-block may decay in all, as a natural logarithm; twice ``MAX_EXPONENT`` of ``blocks.py``.
-_MAX_SUB_BLOCK_DECAY = 79.9
+# What a sub-block may decay in all, as a natural logarithm; below twice ``MAX_EXPONENT`` of ``blocks.py``.
+_MAX_SUB_BLOCK_DECAY = 80.0
 # exp(-44) = 2^-64 of a state is nothing beside what a token adds: stronger decays are taken as this, so that
 # sums over a chunk stay finite and keep the digits of the weaker ones.
 STRONGEST_LOG_DECAY = -44.0
@@ -47,6 +47,10 @@ class Configuration:
         output: Of the output kernel.
         gradient_chunk: Tokens of a chunk in the backward kernels, not more than ``chunk``.
         gradient: Of the backward kernels.
+        is_prepared: The forward makes features once, in a kernel of their own: that and the kernels that
+            ``state`` and ``output`` are of are then those of ``prepared.py``.
+        prepare: Of that kernel.
+        prepare_heads: The most state heads that one of its programs makes; they share a gate.
     """
 
     chunk: int
@@ -57,13 +61,16 @@ class Configuration:
     output: Tuning
     gradient_chunk: int
     gradient: Tuning
+    is_prepared: bool = False
+    prepare: Tuning = Tuning(4)
+    prepare_heads: int = 1
 
 
 def sub_block_tokens(min_log_decay: float, chunk: int) -> int:
     """Return the tokens of the largest sub-block over which this decay can be factored.
 
     >>> sub_block_tokens(-2.5, 64), sub_block_tokens(-5.0, 64), sub_block_tokens(-0.1, 64)
-    (16, 8, 64)
+    (32, 16, 64)
     >>> sub_block_tokens(float("-inf"), 64)
     1
     """

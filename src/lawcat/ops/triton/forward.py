@@ -36,17 +36,16 @@ _UNSPECIALIZED = ["tokens", "num_segments", "segment_tokens", "num_chunks"]
 
 @triton.jit
 def log2_decay(
-    gate, first_row, t0, stop, head, keep, divisor, lowest,
-    GATE_HEADS: tl.constexpr, GATE_WIDTH: tl.constexpr, WP: tl.constexpr, C: tl.constexpr,
+    gate, first_row, t0, stop, head, keep, divisor, lowest, column, is_column,
+    GATE_HEADS: tl.constexpr, GATE_WIDTH: tl.constexpr, C: tl.constexpr,
     IS_LOGIT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Return the log-decay of each token and channel of a chunk [C, WP], 0 for padding."""
+    """Return the log-decay of each token and the columns given of a chunk, 0 for padding."""
     i = tl.arange(0, C)
-    w = tl.arange(0, WP)
     real = t0 + i < stop
     base = gate + (first_row + t0) * (GATE_HEADS * GATE_WIDTH) + head * GATE_WIDTH
-    offset = i[:, None] * (GATE_HEADS * GATE_WIDTH) + w[None, :]
-    x = tl.load(base + offset, mask=real[:, None] & (w[None, :] < GATE_WIDTH), other=0.0)
+    offset = i[:, None] * (GATE_HEADS * GATE_WIDTH) + column[None, :]
+    x = tl.load(base + offset, mask=real[:, None] & is_column[None, :], other=0.0)
     x = x.to(tl.float32) * LOG2_E
     if IS_LOGIT:
         e = tl.exp2(-tl.abs(x))
@@ -56,7 +55,7 @@ def log2_decay(
     x = tl.maximum(x, lowest * LOG2_E)
     if MASKED:
         real = real & (tl.load(keep + first_row + t0 + i, mask=real, other=0) != 0)
-    return tl.where(real[:, None], x, 0.0)
+    return tl.where(real[:, None] & is_column[None, :], x, 0.0)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -73,12 +72,12 @@ def gate_kernel(
         segment, tokens, num_segments, segment_tokens, table, PACKED
     )
     t0 = start + (program // GATE_HEADS) % num_chunks * C
-    x = log2_decay(
-        gate, first_row, t0, stop, head, keep, divisor, lowest,
-        GATE_HEADS, GATE_WIDTH, WP, C, IS_LOGIT, MASKED,
-    )  # fmt: skip
     i = tl.arange(0, C)
     w = tl.arange(0, WP)
+    x = log2_decay(
+        gate, first_row, t0, stop, head, keep, divisor, lowest, w, w < GATE_WIDTH,
+        GATE_HEADS, GATE_WIDTH, C, IS_LOGIT, MASKED,
+    )  # fmt: skip
     base = sums + (first_row + t0) * (GATE_HEADS * GATE_WIDTH) + head * GATE_WIDTH
     offset = i[:, None] * (GATE_HEADS * GATE_WIDTH) + w[None, :]
     tl.store(base + offset, tl.cumsum(x, axis=0), mask=(t0 + i < stop)[:, None] & (w[None, :] < GATE_WIDTH))
@@ -216,20 +215,15 @@ def scan_kernel(
 
 @triton.jit
 def by_sub_blocks(
-    q, k, sums, first_row, t0, stop, last, head, k_head, gate_head, keep, q_taps, k_taps,
-    q_before, k_before, sequence, weight, n, total,
-    H: tl.constexpr, K_HEADS: tl.constexpr, N: tl.constexpr, GATE_HEADS: tl.constexpr,
-    GATE_WIDTH: tl.constexpr, D: tl.constexpr, F: tl.constexpr, DP: tl.constexpr, FP: tl.constexpr,
-    C: tl.constexpr, SUB: tl.constexpr, TAPS: tl.constexpr,
+    q, k, b, total, first_row, t0, stop, head, k_head, keep, q_taps, k_taps,
+    q_before, k_before, sequence, weight, n,
+    H: tl.constexpr, K_HEADS: tl.constexpr, N: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+    DP: tl.constexpr, FP: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr, TAPS: tl.constexpr,
     HAS_BEFORE: tl.constexpr, MASKED: tl.constexpr, HAS_MAP: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Return q from the chunk's start, k to its end and the weights, of a chunk that decays too much.
-
-    The features are computed again, since a chunk seldom comes here and registers are short where all do.
-    """
+    """Return q from the chunk's start, k to its end and the weights, of a chunk that decays too much."""
     i = tl.arange(0, C)
-    b = load_decay_sums(sums, first_row, t0, stop, gate_head, GATE_HEADS, GATE_WIDTH, F, FP, C)
     phi_k = features(
         k, first_row, t0, stop, k_head, keep, k_taps, k_before, sequence, weight, n,
         K_HEADS, N, D, F, DP, FP, C, TAPS, HAS_BEFORE, MASKED, HAS_MAP, PRECISION, INTERPRETED,
@@ -242,8 +236,7 @@ def by_sub_blocks(
     weights = tl.zeros([C, C], tl.float32)
     before = tl.zeros([FP], tl.float32)
     for s in range(0, C, SUB):
-        border = tl.minimum(t0 + s + SUB - 1, last)
-        after = load_decay_sum(sums, first_row, border, gate_head, GATE_HEADS, GATE_WIDTH, F, FP)
+        after = tl.sum(tl.where((i == s + SUB - 1)[:, None], b, 0.0), axis=0)
         center = 0.5 * (before + after)[None, :]
         k_part = tl.where(((i >= s) & (i < s + SUB))[:, None], phi_k * tl.exp2(center - b), 0.0)
         q_part = tl.where((i >= s)[:, None], phi_q * tl.exp2(b - center), 0.0)
@@ -255,30 +248,59 @@ def by_sub_blocks(
 
 
 @triton.jit
-def output_chunk(
-    state, normaliser, q, k, v, sums, q_taps, k_taps, q_before, k_before, weight, keep, output, weight_sums,
-    first_row, t0, stop, sequence, head, n, k_head, v_head, gate_head, block, eps,
-    H: tl.constexpr, K_HEADS: tl.constexpr, V_HEADS: tl.constexpr, GATE_HEADS: tl.constexpr,
-    GATE_WIDTH: tl.constexpr, N: tl.constexpr, D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr,
-    DP: tl.constexpr, FP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr,
-    TAPS: tl.constexpr, HAS_BEFORE: tl.constexpr, HAS_MAP: tl.constexpr,
-    MASKED: tl.constexpr, NORMALIZE: tl.constexpr, SAVE_SUMS: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr, SLOW: tl.constexpr,
+def write_output(
+    state, sums_of_weights, q_start, weights, v, output, weight_sums, first_row, t0, stop, head, v_head,
+    block, eps, H: tl.constexpr, V_HEADS: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    NORMALIZE: tl.constexpr, SAVE_SUMS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write the output of a chunk and return the state and its normaliser after it."""
+    """Write the output of a chunk and return its values.
+
+    From queries that read the state, from what they read of the normaliser [C], and from the weights.
+    """
     i = tl.arange(0, C)
     column = block * BV + tl.arange(0, BV)
-    last = tl.minimum(t0 + C, stop) - 1
-    total = load_decay_sum(sums, first_row, last, gate_head, GATE_HEADS, GATE_WIDTH, F, FP)
-    if SLOW:
+    inside = (t0 + i < stop)[:, None] & (column[None, :] < DV)
+    weights = tl.where(i[:, None] >= i[None, :], weights, 0.0)
+    read = tl.dot(q_start, tl.trans(state.to(DOT)), input_precision=PRECISION)
+    v_rows = (first_row + t0) * (V_HEADS * DV) + v_head * DV
+    values = tl.load(v + v_rows + i[:, None] * (V_HEADS * DV) + column[None, :], mask=inside, other=0.0).to(
+        DOT
+    )
+    read = tl.dot(weights.to(DOT), values, read, input_precision=PRECISION)
+    if NORMALIZE:
+        sums_of_weights += tl.sum(weights, axis=1)
+        read = read * (1.0 / (sums_of_weights + eps))[:, None]
+        if SAVE_SUMS and block == 0:
+            tl.store(weight_sums + (first_row + t0) * H + head + i * H, sums_of_weights, mask=t0 + i < stop)
+    place = output + (first_row + t0) * (H * DV) + head * DV
+    place += i[:, None] * (H * DV) + column[None, :]
+    tl.store(place, read.to(output.dtype.element_ty), mask=inside)
+    return values
+
+
+@triton.jit
+def output_chunk(
+    state, normaliser, b, total, q, k, v, q_taps, k_taps, q_before, k_before, weight, keep, output,
+    weight_sums, first_row, t0, stop, sequence, head, n, k_head, v_head, block, eps,
+    H: tl.constexpr, K_HEADS: tl.constexpr, V_HEADS: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    F: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, FP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    SUB: tl.constexpr, TAPS: tl.constexpr, HAS_BEFORE: tl.constexpr, HAS_MAP: tl.constexpr,
+    MASKED: tl.constexpr, NORMALIZE: tl.constexpr, SAVE_SUMS: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Write the output of a chunk and return the state and its normaliser after it.
+
+    b and total are the sums of log-decays up to each token and in all. Keys come in sub-blocks of SUB tokens;
+    with SUB = C, all at once.
+    """
+    if SUB < C:
         q_start, k_end, weights = by_sub_blocks(
-            q, k, sums, first_row, t0, stop, last, head, k_head, gate_head, keep, q_taps, k_taps,
-            q_before, k_before, sequence, weight, n, total,
-            H, K_HEADS, N, GATE_HEADS, GATE_WIDTH, D, F, DP, FP, C, SUB, TAPS, HAS_BEFORE,
-            MASKED, HAS_MAP, DOT, PRECISION, INTERPRETED,
+            q, k, b, total, first_row, t0, stop, head, k_head, keep, q_taps, k_taps,
+            q_before, k_before, sequence, weight, n,
+            H, K_HEADS, N, D, F, DP, FP, C, SUB, TAPS, HAS_BEFORE, MASKED, HAS_MAP, DOT, PRECISION,
+            INTERPRETED,
         )  # fmt: skip
     else:
-        b = load_decay_sums(sums, first_row, t0, stop, gate_head, GATE_HEADS, GATE_WIDTH, F, FP, C)
         b -= 0.5 * total[None, :]
         half = tl.exp2(0.5 * total)
 
@@ -297,34 +319,55 @@ def output_chunk(
         phi = stay_in_layout(phi * tl.exp2(b), INTERPRETED)
         weights = tl.dot(phi.to(DOT), tl.trans(k_middle), input_precision=PRECISION)
         q_start = (phi * half[None, :]).to(DOT)
-    weights = tl.where(i[:, None] >= i[None, :], weights, 0.0)
-
-    read = tl.dot(q_start, tl.trans(state.to(DOT)), input_precision=PRECISION)
-    v_rows = (first_row + t0) * (V_HEADS * DV) + v_head * DV
-    values = tl.load(
-        v + v_rows + i[:, None] * (V_HEADS * DV) + column[None, :],
-        mask=(t0 + i < stop)[:, None] & (column[None, :] < DV),
-        other=0.0,
-    ).to(DOT)
-    read = tl.dot(weights.to(DOT), values, read, input_precision=PRECISION)
-    if NORMALIZE:
-        sums_of_weights = tl.sum(weights, axis=1)
-        sums_of_weights += tl.sum(q_start.to(tl.float32) * normaliser[None, :], axis=1)
-        read = read * (1.0 / (sums_of_weights + eps))[:, None]
-        if SAVE_SUMS and block == 0:
-            tl.store(weight_sums + (first_row + t0) * H + head + i * H, sums_of_weights, mask=t0 + i < stop)
-    tl.store(
-        output
-        + (first_row + t0) * (H * DV) + head * DV
-        + i[:, None] * (H * DV) + column[None, :],
-        read.to(output.dtype.element_ty),
-        mask=(t0 + i < stop)[:, None] & (column[None, :] < DV),
+    values = write_output(
+        state, tl.sum(q_start.to(tl.float32) * normaliser[None, :], axis=1), q_start, weights, v, output,
+        weight_sums, first_row, t0, stop, head, v_head, block, eps,
+        H, V_HEADS, DV, BV, C, NORMALIZE, SAVE_SUMS, DOT, PRECISION,
     )  # fmt: skip
-
     through = tl.exp2(total)
     state = tl.dot(tl.trans(values), k_end, state * through[None, :], input_precision=PRECISION)
     normaliser = normaliser * through + tl.sum(k_end.to(tl.float32), axis=0)
     return state, normaliser
+
+
+@triton.jit
+def output_segment(
+    state, normaliser, q, k, v, sums, q_taps, k_taps, q_before, k_before, weight, keep, output, weight_sums,
+    first_row, start, stop, sequence, head, n, k_head, v_head, gate_head, block, eps,
+    H: tl.constexpr, K_HEADS: tl.constexpr, V_HEADS: tl.constexpr, GATE_HEADS: tl.constexpr,
+    GATE_WIDTH: tl.constexpr, N: tl.constexpr, D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr,
+    DP: tl.constexpr, FP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, SUB: tl.constexpr,
+    TAPS: tl.constexpr, HAS_BEFORE: tl.constexpr, HAS_MAP: tl.constexpr,
+    MASKED: tl.constexpr, NORMALIZE: tl.constexpr, SAVE_SUMS: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Write the output of a segment, chunk by chunk."""
+    for t0 in range(start, stop, C):
+        last = tl.minimum(t0 + C, stop) - 1
+        total = load_decay_sum(sums, first_row, last, gate_head, GATE_HEADS, GATE_WIDTH, F, FP)
+        b = load_decay_sums(sums, first_row, t0, stop, gate_head, GATE_HEADS, GATE_WIDTH, F, FP, C)
+        state, normaliser = output_chunk(
+            state, normaliser, b, total, q, k, v, q_taps, k_taps, q_before, k_before, weight, keep, output,
+            weight_sums, first_row, t0, stop, sequence, head, n, k_head, v_head, block, eps,
+            H, K_HEADS, V_HEADS, N, D, F, DV, DP, FP, BV, C, SUB, TAPS,
+            HAS_BEFORE, HAS_MAP, MASKED, NORMALIZE, SAVE_SUMS, DOT, PRECISION, INTERPRETED,
+        )  # fmt: skip
+
+
+@triton.jit
+def load_state(
+    states, normalisers, row, block,
+    F: tl.constexpr, DV: tl.constexpr, FP: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Return a block of a state [BV, FP] and its normaliser [FP]."""
+    column = block * BV + tl.arange(0, BV)
+    feature, is_feature = feature_columns(F, FP)
+    state = tl.load(
+        states + row * (F * DV) + column[:, None] * F + feature[None, :],
+        mask=(column[:, None] < DV) & is_feature[None, :],
+        other=0.0,
+    )
+    return state, tl.load(normalisers + row * F + feature, mask=is_feature, other=0.0)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -352,32 +395,24 @@ def output_kernel(
     k_head = n // (N // K_HEADS)
     v_head = n // (N // V_HEADS)
     gate_head = n // (N // GATE_HEADS)
-    column = block * BV + tl.arange(0, BV)
-    feature, is_feature = feature_columns(F, FP)
     weight = 0
     if HAS_MAP:
         weight = load_map_weight(map_weight, n, D, F, DP, FP).to(DOT)
 
     row = (segment + sequence).to(tl.int64) * N + n
-    state = tl.load(
-        states + row * (F * DV) + column[:, None] * F + feature[None, :],
-        mask=(column[:, None] < DV) & is_feature[None, :],
-        other=0.0,
-    )
-    normaliser = tl.load(normalisers + row * F + feature, mask=is_feature, other=0.0)
-    if tl.load(strongest + row) >= -2 * MAX_EXPONENT:
-        for t0 in range(start, stop, C):
-            state, normaliser = output_chunk(
-                state, normaliser, q, k, v, sums, q_taps, k_taps, q_before, k_before, weight, keep, output,
-                weight_sums, first_row, t0, stop, sequence, head, n, k_head, v_head, gate_head, block, eps,
-                H, K_HEADS, V_HEADS, GATE_HEADS, GATE_WIDTH, N, D, F, DV, DP, FP, BV, C, SUB, TAPS,
-                HAS_BEFORE, HAS_MAP, MASKED, NORMALIZE, SAVE_SUMS, DOT, PRECISION, INTERPRETED, False,
-            )  # fmt: skip
+    state, normaliser = load_state(states, normalisers, row, block, F, DV, FP, BV)
+    # A bound of the log-decays under which all of a chunk fits needs no second loop.
+    if SUB == C or tl.load(strongest + row) >= -2 * MAX_EXPONENT:
+        output_segment(
+            state, normaliser, q, k, v, sums, q_taps, k_taps, q_before, k_before, weight, keep, output,
+            weight_sums, first_row, start, stop, sequence, head, n, k_head, v_head, gate_head, block, eps,
+            H, K_HEADS, V_HEADS, GATE_HEADS, GATE_WIDTH, N, D, F, DV, DP, FP, BV, C, C, TAPS,
+            HAS_BEFORE, HAS_MAP, MASKED, NORMALIZE, SAVE_SUMS, DOT, PRECISION, INTERPRETED,
+        )  # fmt: skip
     else:
-        for t0 in range(start, stop, C):
-            state, normaliser = output_chunk(
-                state, normaliser, q, k, v, sums, q_taps, k_taps, q_before, k_before, weight, keep, output,
-                weight_sums, first_row, t0, stop, sequence, head, n, k_head, v_head, gate_head, block, eps,
-                H, K_HEADS, V_HEADS, GATE_HEADS, GATE_WIDTH, N, D, F, DV, DP, FP, BV, C, SUB, TAPS,
-                HAS_BEFORE, HAS_MAP, MASKED, NORMALIZE, SAVE_SUMS, DOT, PRECISION, INTERPRETED, True,
-            )  # fmt: skip
+        output_segment(
+            state, normaliser, q, k, v, sums, q_taps, k_taps, q_before, k_before, weight, keep, output,
+            weight_sums, first_row, start, stop, sequence, head, n, k_head, v_head, gate_head, block, eps,
+            H, K_HEADS, V_HEADS, GATE_HEADS, GATE_WIDTH, N, D, F, DV, DP, FP, BV, C, SUB, TAPS,
+            HAS_BEFORE, HAS_MAP, MASKED, NORMALIZE, SAVE_SUMS, DOT, PRECISION, INTERPRETED,
+        )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from .backward import (
 )
 from .configurations import STRONGEST_LOG_DECAY, Configuration, choose_configuration, padded_width
 from .forward import gate_kernel, output_kernel, scan_kernel, state_kernel
+from .prepared import prepare_kernel, prepared_output_kernel, prepared_state_kernel, strong_output_kernel
 
 # Tests put a function here that fills what it allocates with NaN: nothing may be read before it is written.
 allocate: Any = torch.empty
@@ -103,6 +105,15 @@ class Plan:
         )
         return replace(self, configuration=configuration, shape={**self.shape, "C": chunk})
 
+    def constants(self, *names: str) -> dict[str, Any]:
+        """Return those of the constants that a kernel takes."""
+        return {name: self.shape[name] for name in names}
+
+    @property
+    def chunks_of_segment(self) -> int:
+        """Chunks of a segment."""
+        return self.configuration.segment // self.configuration.chunk
+
     @property
     def size(self) -> tuple[int, int, int]:
         """Tokens and segments of a sequence, tokens of a segment: what a kernel finds its place by."""
@@ -117,6 +128,9 @@ def dot_dtype(dtype: torch.dtype) -> Any:
     if dtype == torch.float32 or triton.knobs.runtime.interpret:  # the interpreter has no bfloat16 products
         return tl.float32
     return tl.bfloat16
+
+
+_DOT_DTYPES = {tl.float32: torch.float32, tl.bfloat16: torch.bfloat16}
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -210,7 +224,7 @@ def decay_sums(plan: Plan) -> Tensor:
     inputs, options, configuration = plan.inputs, plan.options, plan.configuration
     gate = inputs.gate
     sums: Tensor = allocate(gate.shape, dtype=torch.float32, device=gate.device)
-    num_chunks = configuration.segment // configuration.chunk
+    num_chunks = plan.chunks_of_segment
     heads, width = gate.shape[2:]
     launch(
         gate_kernel, plan.all_segments * num_chunks * heads,
@@ -223,24 +237,37 @@ def decay_sums(plan: Plan) -> Tensor:
     return sums
 
 
-def states_before_segments(plan: Plan, sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return state and normaliser before each segment, the segments' total decays, and the final state."""
-    inputs, configuration, shape = plan.inputs, plan.configuration, plan.shape
-    n, width, values = shape["N"], shape["F"], shape["DV"]
-    options = {"dtype": torch.float32, "device": inputs.q.device}
-    rows = plan.all_segments + plan.num_sequences  # one more a sequence: the state after it
-    states = allocate((rows, n, values, width), **options)
-    normalisers, decays = (allocate((rows, n, width), **options) for _ in range(2))
-    strongest = allocate((rows, n), **options)
-    launch(
-        state_kernel, plan.all_segments * n * shape["V_BLOCKS"],
-        inputs.k, inputs.v, sums, inputs.k_taps, inputs.k_before, inputs.map_weight, inputs.keep, plan.table,
-        states, normalisers, decays, strongest, *plan.size,
-        **shape, **configuration.state.options(),
-    )  # fmt: skip
-    final = allocate((plan.num_sequences, n, width, values + 1), **options)
-    scan(plan, states, normalisers, decays, inputs.initial_state, final, reverse=False)
-    return states, normalisers, strongest, final
+@dataclass
+class States:
+    """States at the borders of segments, with a row more than segments for each sequence.
+
+    Attributes:
+        states: [segments + S, N, D, F]: what a segment adds; after the scan, the state before it.
+        normalisers: The same of the normaliser [segments + S, N, F].
+        decays: The segments' sums of log-decays [segments + S, N, F].
+        strongest: The least sum of log-decays of a chunk of each segment [segments + S, N].
+        final: The state after each sequence [S, N, F, D + 1].
+    """
+
+    states: Tensor
+    normalisers: Tensor
+    decays: Tensor
+    strongest: Tensor
+    final: Tensor
+
+
+def allocate_states(plan: Plan) -> States:
+    """Return room for the states."""
+    n, width, values = plan.shape["N"], plan.shape["F"], plan.shape["DV"]
+    options = {"dtype": torch.float32, "device": plan.inputs.q.device}
+    rows = plan.all_segments + plan.num_sequences
+    return States(
+        allocate((rows, n, values, width), **options),
+        allocate((rows, n, width), **options),
+        allocate((rows, n, width), **options),
+        allocate((rows, n), **options),
+        allocate((plan.num_sequences, n, width, values + 1), **options),
+    )
 
 
 def scan(
@@ -289,25 +316,101 @@ class Forward:
 
 def forward(plan: Plan, *, save_sums: bool = False) -> Forward:
     """Run the forward kernels; ``save_sums`` keeps what the backward needs of the normaliser."""
-    inputs, configuration = plan.inputs, plan.configuration
-    q, v = inputs.q, inputs.v
+    q, v = plan.inputs.q, plan.inputs.v
     batch, tokens, heads = q.shape[:3]
-    sums = decay_sums(plan)
-    states, normalisers, strongest, final = states_before_segments(plan, sums)
     output = allocate((batch, tokens, heads, v.shape[3]), dtype=v.dtype, device=v.device)
     weight_sums = None
     if save_sums and plan.options.normalize:
         weight_sums = allocate((batch, tokens, heads), dtype=torch.float32, device=v.device)
+    states = allocate_states(plan)
+    run = _forward_prepared if plan.configuration.is_prepared else _forward
+    run(plan, states, output, weight_sums)
+    return Forward(output, states.final, states.states, states.normalisers, states.strongest, weight_sums)
+
+
+def _forward(plan: Plan, states: States, output: Tensor, weight_sums: Tensor | None) -> None:
+    """Run the kernels that make features wherever they need them."""
+    inputs, configuration, shape = plan.inputs, plan.configuration, plan.shape
+    sums = decay_sums(plan)
     launch(
-        output_kernel, plan.all_segments * heads * plan.shape["V_BLOCKS"],
-        q, inputs.k, v, sums, inputs.q_taps, inputs.k_taps, inputs.q_before, inputs.k_before,
-        inputs.map_weight, inputs.keep, plan.table, states, normalisers, strongest, output, weight_sums,
-        *plan.size, plan.options.eps,
-        H=heads, SUB=configuration.sub_block, NORMALIZE=plan.options.normalize,
-        SAVE_SUMS=weight_sums is not None,
-        **plan.shape, **configuration.output.options(),
+        state_kernel, plan.all_segments * shape["N"] * shape["V_BLOCKS"],
+        inputs.k, inputs.v, sums, inputs.k_taps, inputs.k_before, inputs.map_weight, inputs.keep, plan.table,
+        states.states, states.normalisers, states.decays, states.strongest, *plan.size,
+        **shape, **configuration.state.options(),
     )  # fmt: skip
-    return Forward(output, final, states, normalisers, strongest, weight_sums)
+    scan(
+        plan, states.states, states.normalisers, states.decays, inputs.initial_state, states.final,
+        reverse=False,
+    )  # fmt: skip
+    heads = inputs.q.shape[2]
+    launch(
+        output_kernel, plan.all_segments * heads * shape["V_BLOCKS"],
+        inputs.q, inputs.k, inputs.v, sums, inputs.q_taps, inputs.k_taps, inputs.q_before, inputs.k_before,
+        inputs.map_weight, inputs.keep, plan.table, states.states, states.normalisers, states.strongest,
+        output, weight_sums, *plan.size, plan.options.eps,
+        H=heads, SUB=configuration.sub_block, NORMALIZE=plan.options.normalize,
+        SAVE_SUMS=weight_sums is not None, **shape, **configuration.output.options(),
+    )  # fmt: skip
+
+
+def _forward_prepared(plan: Plan, states: States, output: Tensor, weight_sums: Tensor | None) -> None:
+    """Run the kernels of ``prepared.py``."""
+    inputs, options, configuration, shape = plan.inputs, plan.options, plan.configuration, plan.shape
+    heads, n, width, chunk = inputs.q.shape[2], shape["N"], shape["FP"], configuration.chunk
+    chunks = plan.all_segments * plan.chunks_of_segment
+    of_dot = {"dtype": _DOT_DTYPES[shape["DOT"]], "device": inputs.q.device}
+    of_float32: dict[str, Any] = {"dtype": torch.float32, "device": inputs.q.device}
+    q_features = allocate((chunks, heads, chunk, width), **of_dot)
+    k_features = allocate((chunks, n, chunk, width), **of_dot)
+    k_sums, z_added, z_exponents = (allocate((chunks, n, width), **of_float32) for _ in range(3))
+    exponents = allocate((chunks, shape["GATE_HEADS"], 2, width), **of_float32)
+    prepare_heads = math.gcd(configuration.prepare_heads, n // shape["GATE_HEADS"])
+    activation = options.gate_divisor, max(options.min_log_decay, STRONGEST_LOG_DECAY)
+    launch(
+        prepare_kernel, chunks * (n // prepare_heads),
+        inputs.q, inputs.k, inputs.gate, inputs.q_taps, inputs.k_taps, inputs.q_before, inputs.k_before,
+        inputs.map_weight, inputs.keep, plan.table, q_features, k_features, k_sums, exponents,
+        *plan.size, plan.chunks_of_segment, *activation,
+        H=heads, HEADS=prepare_heads, IS_LOGIT=options.is_logit,
+        **plan.constants(
+            "K_HEADS", "GATE_HEADS", "GATE_WIDTH", "N", "D", "F", "DP", "FP", "C", "TAPS", "HAS_BEFORE",
+            "HAS_MAP", "MASKED", "PACKED", "DOT", "PRECISION", "INTERPRETED",
+        ),
+        **configuration.prepare.options(),
+    )  # fmt: skip
+    of_products = plan.constants(
+        "V_HEADS", "GATE_HEADS", "N", "F", "DV", "FP", "BV", "V_BLOCKS", "C", "PACKED", "DOT", "PRECISION"
+    )
+    launch(
+        prepared_state_kernel, plan.all_segments * n * shape["V_BLOCKS"],
+        inputs.v, plan.table, k_features, k_sums, exponents, states.states, states.normalisers,
+        states.decays, states.strongest, z_added, z_exponents, *plan.size, plan.chunks_of_segment,
+        **of_products, **configuration.state.options(),
+    )  # fmt: skip
+    scan(
+        plan, states.states, states.normalisers, states.decays, inputs.initial_state, states.final,
+        reverse=False,
+    )  # fmt: skip
+    of_output = {"H": heads, "NORMALIZE": options.normalize, "SAVE_SUMS": weight_sums is not None}
+    may_be_strong = configuration.sub_block < chunk
+    programs = plan.all_segments * heads * shape["V_BLOCKS"]
+    launch(
+        prepared_output_kernel, programs,
+        inputs.v, plan.table, q_features, k_features, exponents, z_added, z_exponents, states.states,
+        states.normalisers, states.strongest, output, weight_sums, *plan.size, plan.chunks_of_segment,
+        options.eps,
+        MAY_BE_STRONG=may_be_strong, **of_output, **of_products, **configuration.output.options(),
+    )  # fmt: skip
+    if may_be_strong:
+        strong_chunk = max(16, min(32, configuration.sub_block))
+        launch(
+            strong_output_kernel, programs,
+            inputs.q, inputs.k, inputs.v, inputs.gate, inputs.q_taps, inputs.k_taps, inputs.q_before,
+            inputs.k_before, inputs.map_weight, inputs.keep, plan.table, states.states, states.normalisers,
+            states.strongest, output, weight_sums, *plan.size, *activation, options.eps,
+            SUB=min(strong_chunk, configuration.sub_block), IS_LOGIT=options.is_logit, **of_output,
+            **{**shape, "C": strong_chunk}, warps=4,
+        )  # fmt: skip
 
 
 @dataclass
@@ -446,9 +549,9 @@ def _map_gradient(
         x, projected, taps, before, inputs.map_weight, inputs.keep, plan.table, grad_x, grad_map, grad_taps,
         *plan.size,
         X_HEADS=x.shape[2], HEADS=heads, TAPS_P=1 << max(taps_count - 1, 0).bit_length(),
-        **{name: shape[name] for name in (
-            "N", "D", "F", "DP", "FP", "C", "TAPS", "HAS_BEFORE", "MASKED", "PACKED", "DOT", "PRECISION",
-        )},
+        **plan.constants(
+            "N", "D", "F", "DP", "FP", "C", "TAPS", "HAS_BEFORE", "MASKED", "PACKED", "DOT", "PRECISION"
+        ),
         **plan.configuration.gradient.options(),
     )  # fmt: skip
     summed = None

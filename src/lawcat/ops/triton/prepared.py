@@ -1,0 +1,281 @@
+"""The forward with features made once: a kernel writes them, decayed, and the others only multiply matrices.
+
+``prepare_kernel`` writes of each chunk ``phi(q) 2^(b - r)`` and ``phi(k) 2^(r - b)``, b being the sums of
+log-decays since the chunk's start and r half of the chunk's sum, so that the weights are their product. With
+``S' = 2^r S``, both what the queries read and the state after the chunk need no factor for each token::
+
+    o = q' S' + weights v        S after = 2^r (S' + k'^T v)
+
+Vectors of F are dear, as each thread of a matrix product holds a quarter of one: so the last factor waits for
+the next chunk's, and ``prepared_state_kernel`` writes what the queries of each chunk read of the normaliser:
+``z' = a + 2^e z``, z being the normaliser before the segment.
+
+The features lie chunk by chunk, [chunks, heads, C, FP], whole tiles without a mask.
+
+Where a channel decays too much in a chunk for these factors (see ``forward.py``), k' is decayed to the
+chunk's end instead, which the state needs, and the outputs of that segment come from
+``strong_output_kernel``, which makes features itself, in chunks so short that they fit.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .blocks import (
+    MAX_EXPONENT,
+    feature_columns,
+    features,
+    load_map_weight,
+    locate_segment,
+    without_padding,
+)
+from .forward import load_state, log2_decay, output_chunk, write_output
+
+_UNSPECIALIZED = ["tokens", "num_segments", "segment_tokens", "num_chunks"]
+
+
+@triton.jit
+def chunk_decays(
+    gate, first_row, t0, stop, gate_head, keep, divisor, lowest,
+    GATE_HEADS: tl.constexpr, GATE_WIDTH: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, C: tl.constexpr,
+    IS_LOGIT: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Return the sums of log-decays of a chunk up to each token [C, FP], and in all [FP]."""
+    feature, is_feature = feature_columns(F, FP)
+    if GATE_WIDTH == 1:
+        feature = feature * 0
+    x = log2_decay(
+        gate, first_row, t0, stop, gate_head, keep, divisor, lowest, feature, is_feature,
+        GATE_HEADS, GATE_WIDTH, C, IS_LOGIT, MASKED,
+    )  # fmt: skip
+    return tl.cumsum(x, axis=0), tl.sum(x, axis=0)
+
+
+@triton.jit
+def store_tile(x, tile, index, C: tl.constexpr, FP: tl.constexpr):
+    """Write the tile [C, FP] with this index to x [tiles, C, FP]."""
+    place = x + index.to(tl.int64) * (C * FP) + tl.arange(0, C)[:, None] * FP + tl.arange(0, FP)[None, :]
+    tl.store(place, tile.to(x.dtype.element_ty))
+
+
+@triton.jit
+def load_tile(x, index, C: tl.constexpr, FP: tl.constexpr):
+    """Return the tile [C, FP] with this index of x [tiles, C, FP]."""
+    place = x + index.to(tl.int64) * (C * FP) + tl.arange(0, C)[:, None] * FP + tl.arange(0, FP)[None, :]
+    return tl.load(place)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def prepare_kernel(
+    q, k, gate, q_taps, k_taps, q_before, k_before, map_weight, keep, table,
+    q_features, k_features, k_sums, exponents,
+    tokens, num_segments, segment_tokens, num_chunks, divisor, lowest,
+    H: tl.constexpr, K_HEADS: tl.constexpr, GATE_HEADS: tl.constexpr, GATE_WIDTH: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, F: tl.constexpr, DP: tl.constexpr, FP: tl.constexpr, C: tl.constexpr,
+    TAPS: tl.constexpr, HEADS: tl.constexpr, HAS_BEFORE: tl.constexpr, HAS_MAP: tl.constexpr,
+    MASKED: tl.constexpr, PACKED: tl.constexpr, IS_LOGIT: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Write features of q and k, sums of k's, and two exponents. One program a chunk and HEADS state heads.
+
+    The state before a chunk times 2^(first exponent), plus what the keys add, times 2^(second) is that after.
+    """
+    program = tl.program_id(0)
+    groups: tl.constexpr = N // HEADS
+    first_head = (program % groups) * HEADS
+    chunk = program // groups
+    first_row, start, stop, sequence, _ = locate_segment(
+        chunk // num_chunks, tokens, num_segments, segment_tokens, table, PACKED
+    )
+    t0 = start + chunk % num_chunks * C
+    gate_head = first_head // (N // GATE_HEADS)
+    column = tl.arange(0, FP)
+    if t0 < stop:
+        b, total = chunk_decays(
+            gate, first_row, t0, stop, gate_head, keep, divisor, lowest,
+            GATE_HEADS, GATE_WIDTH, F, FP, C, IS_LOGIT, MASKED,
+        )  # fmt: skip
+        is_strong = tl.min(total, axis=0) < -2 * MAX_EXPONENT
+        before = tl.where(is_strong, total, 0.5 * total)
+        after = total - before
+        if first_head % (N // GATE_HEADS) == 0:
+            place = exponents + (chunk * GATE_HEADS + gate_head).to(tl.int64) * (2 * FP)
+            tl.store(place + column, before)
+            tl.store(place + FP + column, after)
+        for index in range(0, HEADS):
+            n = first_head + index
+            weight = 0
+            if HAS_MAP:
+                weight = load_map_weight(map_weight, n, D, F, DP, FP).to(DOT)
+            phi = features(
+                k, first_row, t0, stop, n // (N // K_HEADS), keep, k_taps, k_before, sequence, weight, n,
+                K_HEADS, N, D, F, DP, FP, C, TAPS, HAS_BEFORE, MASKED, HAS_MAP, PRECISION, INTERPRETED,
+            )  # fmt: skip
+            phi = without_padding(phi, first_row, t0, stop, keep, C, MASKED)
+            decayed = (phi * tl.exp2(before[None, :] - b)).to(DOT)
+            place = chunk * N + n
+            store_tile(k_features, decayed, place, C, FP)
+            tl.store(k_sums + place.to(tl.int64) * FP + column, tl.sum(decayed.to(tl.float32), axis=0))
+            for r in range(0, H // N):
+                head = n * (H // N) + r
+                phi = features(
+                    q, first_row, t0, stop, head, keep, q_taps, q_before, sequence, weight, head,
+                    H, H, D, F, DP, FP, C, TAPS, HAS_BEFORE, MASKED, HAS_MAP, PRECISION, INTERPRETED,
+                )  # fmt: skip
+                store_tile(q_features, phi * tl.exp2(b - after[None, :]), chunk * H + head, C, FP)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def prepared_state_kernel(
+    v, table, k_features, k_sums, exponents, states, normalisers, decays, strongest, z_added, z_exponents,
+    tokens, num_segments, segment_tokens, num_chunks,
+    V_HEADS: tl.constexpr, GATE_HEADS: tl.constexpr, N: tl.constexpr, F: tl.constexpr, DV: tl.constexpr,
+    FP: tl.constexpr, BV: tl.constexpr, V_BLOCKS: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As ``state_kernel``, from prepared keys."""
+    program = tl.program_id(0)
+    block = program % V_BLOCKS
+    n = (program // V_BLOCKS) % N
+    segment = program // (V_BLOCKS * N)
+    first_row, start, stop, sequence, _ = locate_segment(
+        segment, tokens, num_segments, segment_tokens, table, PACKED
+    )
+    v_head = n // (N // V_HEADS)
+    gate_head = n // (N // GATE_HEADS)
+    i = tl.arange(0, C)
+    value_column = block * BV + tl.arange(0, BV)
+    column = tl.arange(0, FP)
+    feature, is_feature = feature_columns(F, FP)
+    state = tl.zeros([BV, FP], tl.float32)
+    normaliser = tl.zeros([FP], tl.float32)
+    decay = tl.zeros([FP], tl.float32)
+    strongest_decay = tl.zeros([FP], tl.float32)
+    for index in range(0, tl.cdiv(stop - start, C)):
+        t0 = start + index * C
+        chunk = segment * num_chunks + index
+        keys = load_tile(k_features, chunk * N + n, C, FP)
+        v_rows = (first_row + t0) * (V_HEADS * DV) + v_head * DV
+        values = tl.load(
+            v + v_rows + i[:, None] * (V_HEADS * DV) + value_column[None, :],
+            mask=(t0 + i < stop)[:, None] & (value_column[None, :] < DV),
+            other=0.0,
+        ).to(DOT)
+        place = exponents + (chunk * GATE_HEADS + gate_head).to(tl.int64) * (2 * FP) + column
+        before, after = tl.load(place), tl.load(place + FP)
+        added = tl.load(k_sums + (chunk * N + n).to(tl.int64) * FP + column)
+        scale, scale_after = tl.exp2(before), tl.exp2(after)
+        state = tl.dot(tl.trans(values), keys, state * scale[None, :], input_precision=PRECISION)
+        state *= scale_after[None, :]
+        normaliser *= scale
+        if block == 0:
+            vector = (chunk * N + n).to(tl.int64) * FP + column
+            tl.store(z_added + vector, normaliser)
+            tl.store(z_exponents + vector, decay + before)
+        normaliser = (normaliser + added) * scale_after
+        decay += before + after
+        strongest_decay = tl.minimum(strongest_decay, before + after)
+
+    row = (segment + sequence).to(tl.int64) * N + n
+    tl.store(
+        states + row * (F * DV) + value_column[:, None] * F + feature[None, :],
+        state,
+        mask=(value_column[:, None] < DV) & is_feature[None, :],
+    )
+    if block == 0:
+        tl.store(normalisers + row * F + feature, normaliser, mask=is_feature)
+        tl.store(decays + row * F + feature, decay, mask=is_feature)
+        tl.store(strongest + row, tl.min(strongest_decay, axis=0))
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def prepared_output_kernel(
+    v, table, q_features, k_features, exponents, z_added, z_exponents, states, normalisers, strongest,
+    output, weight_sums, tokens, num_segments, segment_tokens, num_chunks, eps,
+    H: tl.constexpr, V_HEADS: tl.constexpr, GATE_HEADS: tl.constexpr, N: tl.constexpr, F: tl.constexpr,
+    DV: tl.constexpr, FP: tl.constexpr, BV: tl.constexpr, V_BLOCKS: tl.constexpr, C: tl.constexpr,
+    MAY_BE_STRONG: tl.constexpr, PACKED: tl.constexpr, NORMALIZE: tl.constexpr, SAVE_SUMS: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As ``output_kernel``, from prepared features, but for segments that decay too much."""
+    program = tl.program_id(0)
+    block = program % V_BLOCKS
+    head = (program // V_BLOCKS) % H
+    segment = program // (V_BLOCKS * H)
+    first_row, start, stop, sequence, _ = locate_segment(
+        segment, tokens, num_segments, segment_tokens, table, PACKED
+    )
+    n = head // (H // N)
+    v_head = n // (N // V_HEADS)
+    gate_head = n // (N // GATE_HEADS)
+    column = tl.arange(0, FP)
+    row = (segment + sequence).to(tl.int64) * N + n
+    if MAY_BE_STRONG and tl.load(strongest + row) < -2 * MAX_EXPONENT:
+        return
+    feature, is_feature = feature_columns(F, FP)
+    state, _ = load_state(states, normalisers, row, block, F, DV, FP, BV)
+    for index in range(0, tl.cdiv(stop - start, C)):
+        chunk = segment * num_chunks + index
+        vector = (chunk * N + n).to(tl.int64) * FP + column
+        # Read again for each chunk: held, it would take a register in eight.
+        z = tl.load(normalisers + row * F + feature, mask=is_feature & (index >= 0), other=0.0)
+        z = tl.load(z_added + vector) + tl.exp2(tl.load(z_exponents + vector)) * z
+        queries = load_tile(q_features, chunk * H + head, C, FP)
+        keys = load_tile(k_features, chunk * N + n, C, FP)
+        sums_of_weights = tl.sum(queries.to(tl.float32) * z[None, :], axis=1)
+        place = exponents + (chunk * GATE_HEADS + gate_head).to(tl.int64) * (2 * FP) + column
+        waiting = tl.load(place - GATE_HEADS * (2 * FP) + FP, mask=(column >= 0) & (index > 0), other=0.0)
+        state *= tl.exp2(waiting + tl.load(place))[None, :]
+        weights = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+        values = write_output(
+            state, sums_of_weights, queries, weights, v, output, weight_sums, first_row, start + index * C,
+            stop, head, v_head, block, eps, H, V_HEADS, DV, BV, C, NORMALIZE, SAVE_SUMS, DOT, PRECISION,
+        )  # fmt: skip
+        state = tl.dot(tl.trans(values), keys, state, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def strong_output_kernel(
+    q, k, v, gate, q_taps, k_taps, q_before, k_before, map_weight, keep, table,
+    states, normalisers, strongest, output, weight_sums,
+    tokens, num_segments, segment_tokens, divisor, lowest, eps,
+    H: tl.constexpr, K_HEADS: tl.constexpr, V_HEADS: tl.constexpr, GATE_HEADS: tl.constexpr,
+    GATE_WIDTH: tl.constexpr, N: tl.constexpr, D: tl.constexpr, F: tl.constexpr, DV: tl.constexpr,
+    DP: tl.constexpr, FP: tl.constexpr, BV: tl.constexpr, V_BLOCKS: tl.constexpr, C: tl.constexpr,
+    SUB: tl.constexpr, TAPS: tl.constexpr, HAS_BEFORE: tl.constexpr, HAS_MAP: tl.constexpr,
+    MASKED: tl.constexpr, PACKED: tl.constexpr, IS_LOGIT: tl.constexpr, NORMALIZE: tl.constexpr,
+    SAVE_SUMS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Write the output of the segments that decay too much for ``prepared_output_kernel``, from q and k."""
+    program = tl.program_id(0)
+    block = program % V_BLOCKS
+    head = (program // V_BLOCKS) % H
+    segment = program // (V_BLOCKS * H)
+    first_row, start, stop, sequence, _ = locate_segment(
+        segment, tokens, num_segments, segment_tokens, table, PACKED
+    )
+    n = head // (H // N)
+    row = (segment + sequence).to(tl.int64) * N + n
+    if tl.load(strongest + row) >= -2 * MAX_EXPONENT:
+        return
+    k_head = n // (N // K_HEADS)
+    v_head = n // (N // V_HEADS)
+    gate_head = n // (N // GATE_HEADS)
+    weight = 0
+    if HAS_MAP:
+        weight = load_map_weight(map_weight, n, D, F, DP, FP).to(DOT)
+    state, normaliser = load_state(states, normalisers, row, block, F, DV, FP, BV)
+    for t0 in range(start, stop, C):
+        b, total = chunk_decays(
+            gate, first_row, t0, stop, gate_head, keep, divisor, lowest,
+            GATE_HEADS, GATE_WIDTH, F, FP, C, IS_LOGIT, MASKED,
+        )  # fmt: skip
+        state, normaliser = output_chunk(
+            state, normaliser, b, total, q, k, v, q_taps, k_taps, q_before, k_before, weight, keep, output,
+            weight_sums, first_row, t0, stop, sequence, head, n, k_head, v_head, block, eps,
+            H, K_HEADS, V_HEADS, N, D, F, DV, DP, FP, BV, C, SUB, TAPS,
+            HAS_BEFORE, HAS_MAP, MASKED, NORMALIZE, SAVE_SUMS, DOT, PRECISION, INTERPRETED,
+        )  # fmt: skip
