@@ -91,7 +91,11 @@ def pack_adapter(
 ) -> PackReport:
     """Write an adapter with its tensors rounded, a model card, and nothing of the machine it was made on.
 
-    Folders in the recipe's paths are left out; so is one that the base is named by, which `base` replaces.
+    Folders in the recipe's paths are left out; a base that is named by one is refused.
+
+    Of a trained SmolLM2-135M (5.8 MB in float16) float16 changes logits by up to 0.04 and the most likely
+    token at one place in 2,048; bfloat16 by up to 0.3 and at eight, since the gate's and the maps' values
+    reach 1 and more. New parameters in float32 (8.0 MB) bring float16's 0.04 down to 0.002.
 
     Args:
         source: An adapter's folder, or that of a student which holds one.
