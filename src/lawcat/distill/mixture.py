@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 from torch import nn
 
+from lawcat.distill.data_workers import batches_from_processes, num_data_workers
 from lawcat.distill.recipe import DataSource, Recipe
 from lawcat.distill.sequence import Batch, PackedSequence
 from lawcat.distill.sources import HubSource, Pair, Source, TaskSource, WindowSource, seed_of
@@ -140,14 +141,15 @@ class Mixture:
         return Batch.stack([self.sequence(index, num_segments) for index in indices])
 
     def batches(self, requests: Iterable[tuple[int, int, int]], *, ahead: bool = True) -> Iterator[Batch]:
-        """Yield `batch(*request)` for each request, made by a thread while the one before is in use.
+        """Yield `batch(*request)` for each request, made while those before are in use.
 
-        Task samples cost 10 ms each, most of it in the tokenizer, which lets other threads run meanwhile. The
-        batches are the same as `batch` gives; while the iterator lives, nothing else may read the mixture.
+        Where there is task data, by other processes (`data_workers.py`), or else by a thread: a hub's stream
+        would be read by each process, and text is only cut. The batches are the same as `batch` gives; while
+        the iterator lives, nothing else may read the mixture.
 
         Args:
             requests: First index, count and number of segments of each batch.
-            ahead: Use that thread. Not where the CPU itself trains: PyTorch's threads wait for each other at
+            ahead: Make them ahead. Not where the CPU itself trains: PyTorch's threads wait for each other at
                 every operation, and one of them losing its core to the tokenizer stalls them all.
 
         Yields:
@@ -158,6 +160,10 @@ class Mixture:
         """
         if not ahead:
             yield from (self.batch(*request) for request in requests)
+            return
+        streams = any(isinstance(source, HubSource) for source in self._sources)
+        if self.has_task_data and not streams and (num_workers := num_data_workers()):
+            yield from batches_from_processes(self.batch, list(requests), num_workers)
             return
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="lawcat-data") as executor:
             pending = None

@@ -1,0 +1,156 @@
+"""Batches from other processes: the same, in order, whatever ends them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lawcat.distill import mixture as mixture_module
+from lawcat.distill.data_workers import batches_from_processes, num_data_workers
+from lawcat.distill.mixture import build_mixture
+from lawcat.distill.recipe import Recipe
+from lawcat.distill.sequence import Batch
+from lawcat.errors import DataError
+from tiny_teachers import spelling_tokenizer, write_text
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="processes are not forked here")
+
+
+def numbered(first: int, count: int, segments: int) -> Batch:
+    """Return a batch that says what was asked for, and by which process it was made."""
+    if first == 13:
+        raise DataError("unlucky")
+    ids = torch.full((count, segments), first)
+    return Batch(ids, torch.full((count, segments), float(os.getpid())), ids > 0, ("numbered",) * count)
+
+
+REQUESTS = [(first, 1 + first % 3, 2 + first % 2) for first in range(12)]
+
+
+@needs_fork
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_they_come_in_order_from_processes(num_workers: int) -> None:
+    before = torch.get_rng_state()
+    found = list(batches_from_processes(numbered, REQUESTS, num_workers))
+    assert [(int(batch.input_ids[0, 0]), *batch.input_ids.shape) for batch in found] == REQUESTS
+    makers = {batch.loss_weight[0, 0].item() for batch in found}
+    assert len(makers) == num_workers
+    assert os.getpid() not in makers
+    assert torch.equal(torch.get_rng_state(), before)
+    assert list(batches_from_processes(numbered, [], num_workers)) == []
+
+
+@needs_fork
+def test_an_error_is_raised_at_its_place_with_its_own_message() -> None:
+    batches = batches_from_processes(numbered, [(1, 1, 1), (13, 1, 1), (2, 1, 1)], 2)
+    assert next(batches).input_ids.item() == 1
+    with pytest.raises(DataError, match=r"^unlucky$"):
+        next(batches)
+
+
+@needs_fork
+def test_a_mixture_with_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = write_text(tmp_path / "text.txt")
+    recipe = Recipe.from_dict(
+        {
+            "name": "t",
+            "sequence_length": 512,
+            "data": [{"provider": "text", "path": str(text)}, {"provider": "passkey"}],
+        }
+    )
+    made = build_mixture(recipe, spelling_tokenizer(), cache_dir=tmp_path)
+    plain = build_mixture(recipe, spelling_tokenizer(), cache_dir=tmp_path)
+    asked: list[int] = []
+
+    def watched(make: object, requests: list[tuple[int, int, int]], num_workers: int) -> object:
+        asked.append(num_workers)
+        return batches_from_processes(made.batch, requests, num_workers)
+
+    monkeypatch.setattr(mixture_module, "batches_from_processes", watched)
+    monkeypatch.setattr(mixture_module, "num_data_workers", lambda: 2)
+    requests = [(6, 2, 1), (8, 1, 2), (9, 2, 1)]
+    for request, batch in zip(requests, made.batches(requests), strict=True):
+        expected = plain.batch(*request)
+        assert torch.equal(batch.input_ids, expected.input_ids)
+        assert torch.equal(batch.loss_weight, expected.loss_weight)
+        assert batch.sources == expected.sources
+    list(made.batches(requests, ahead=False))
+    assert asked == [2]
+    monkeypatch.setattr(mixture_module, "num_data_workers", lambda: 0)
+    assert len(list(made.batches(requests))) == 3
+    assert asked == [2]
+
+
+@pytest.mark.parametrize(
+    ("cores", "beside", "expected"), [(1, 1, 0), (2, 1, 1), (16, 1, 8), (16, 4, 3), (4, 8, 0)]
+)
+@needs_fork
+def test_how_many(monkeypatch: pytest.MonkeyPatch, cores: int, beside: int, expected: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(beside))
+    assert num_data_workers() == expected
+
+
+ENDLESS = """
+import os, signal, sys, time
+import torch
+from lawcat.distill.data_workers import batches_from_processes
+from lawcat.distill.sequence import Batch
+
+def make(first, count, segments):
+    ids = torch.full((1, 1), os.getpid())
+    return Batch(ids, ids.float(), ids > 0, ("x",))
+
+stopped = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *arguments: stopped.append(1))
+for batch in batches_from_processes(make, [(0, 1, 1)] * 100_000, 2):
+    print(batch.input_ids.item(), flush=True)
+    if stopped:
+        print("stopped", flush=True)
+        break
+    time.sleep(0.01)
+"""
+
+
+@needs_fork
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_to_all_of_them_leaves_none_behind(number: int) -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-c", ENDLESS],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert child.stdout is not None
+    workers = {int(line) for line in itertools.islice(child.stdout, 6)}
+    assert len(workers) == 2
+    if number == signal.SIGKILL:
+        child.kill()
+    else:
+        os.killpg(child.pid, number)
+    output, errors = child.communicate(timeout=60)
+    if number != signal.SIGKILL:
+        assert output.endswith(b"stopped\n"), errors
+        assert child.returncode == 0, errors
+        assert not errors
+    deadline = time.monotonic() + 20
+    while (alive := [worker for worker in workers if _is_alive(worker)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
