@@ -177,6 +177,77 @@ def test_the_promised_recipes_are_shipped() -> None:
     assert task_share == 0.5
 
 
+SMOLLM2 = ("smollm2-135m", "smollm2-135m-longcontext", "smollm2-135m-hybrid")
+
+
+def tokens_of(recipe: Recipe) -> tuple[float, float]:
+    """Return the tokens that a run trains on, and those that it reads besides, on average over seeds."""
+    recovery, share = recipe.recovery, recipe.recovery.carried_share
+    assert recovery.carried_segments == 15
+    assert recovery.carried_sequences
+    sequences = recovery.steps * ((1 - share) * recovery.batch_sequences + share * recovery.carried_sequences)
+    sequences += recipe.attention_transfer.steps * recipe.attention_transfer.batch_sequences
+    before = recovery.steps * share * recovery.carried_sequences * (1 + 3 + 7 + 15) / 4
+    return sequences * recipe.sequence_length, before * recipe.sequence_length
+
+
+@pytest.mark.parametrize("name", SMOLLM2)
+def test_the_recipes_of_smollm2_keep_to_their_budget(name: str) -> None:
+    recipe = Recipe.load(name)
+    trained, read = tokens_of(recipe)
+    assert trained + read < 150e6
+    assert f"{trained / 1e6:.0f} million tokens trained" in recipe.description or name.endswith("hybrid")
+    assert recipe.sequence_length == 1024
+    assert any(source.is_task for source in recipe.data) == (name != "smollm2-135m")
+
+    # Hidden 576, keys and values 192, MLP 1,536, 30 layers; 35,520 new parameters a layer.
+    recovery = recipe.recovery
+    assert recovery.lora_targets == (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+    factors = 30 * recovery.lora_rank * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))
+    new = 30 * 35_520
+    assert 2 * factors + 4 * new < 12e6  # shipped: factors of 16 bits
+    assert 3 * 4 * (factors + new) < 64 * 2**20  # a checkpoint: weights and two moments
+
+
+def test_the_hybrid_is_the_long_context_recipe_with_softmax_layers() -> None:
+    hybrid, plain = Recipe.load("smollm2-135m-hybrid"), Recipe.load("smollm2-135m-longcontext")
+    assert len(hybrid.model.softmax_layers) == 4
+    assert (
+        dataclasses.replace(hybrid, name=plain.name, description=plain.description, model=plain.model)
+        == plain
+    )
+
+
+def test_the_search_changes_little_at_a_time() -> None:
+    search, plain = Recipe.load("search-longcontext"), Recipe.load("smollm2-135m-longcontext")
+    assert search.data == plain.data
+    assert search.matrix is not None
+    base = search.variant("base")
+    assert base.recovery.lora_targets == plain.recovery.lora_targets
+    for name in search.matrix.names[1:]:
+        found = search.variant(name)
+        changed = [
+            field.name
+            for part in (
+                "model",
+                "attention_transfer",
+                "recovery",
+            )
+            for field in dataclasses.fields(getattr(base, part))
+            if getattr(getattr(base, part), field.name) != getattr(getattr(found, part), field.name)
+        ]
+        changed += ["data"] * (found.data != base.data)
+        assert 1 <= len(changed) <= (5 if name == "mlps-in-full" else 3), name
+
+
 def test_the_operator_can_be_set_and_only_what_is_set_goes_on() -> None:
     names = {field.name for field in dataclasses.fields(ModelSettings)}
     assert names == {*OPERATOR_FIELDS, "softmax_layers"}
