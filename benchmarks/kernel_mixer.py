@@ -1,7 +1,7 @@
 """The fused mixer on one GPU: is it right, how fast is it, what takes the time.
 
     python benchmarks/kernel_mixer.py --parts correctness,forward,split,first
-    python benchmarks/kernel_mixer.py --parts sweep --lengths 2048,32768
+    python benchmarks/kernel_mixer.py --parts sweep --lengths 2048,8192,32768
     python benchmarks/kernel_mixer.py --parts training --lengths 1024,8192
 
 "Mixer" is everything between the projections and W_o: convolution of q and k, feature map, gate, recurrence,
@@ -12,6 +12,7 @@ division. Against PyTorch's SDPA with the flash backend on the same q, k and v, 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -174,7 +175,8 @@ def correctness(arguments: argparse.Namespace) -> None:
                 truth = expected[what]
                 row = {
                     "width": width, "dtype": str(dtype), "tokens": tokens, "kind": kind, "what": what,
-                    "kernels": relative_error(ours[what], truth), "torch": relative_error(theirs[what], truth),
+                    "kernels": relative_error(ours[what], truth),
+                    "torch": relative_error(theirs[what], truth),
                 }  # fmt: skip
                 RESULTS["correctness"].append(row)
                 cells.append(f"{what} {row['kernels']['max']:.1e} ({row['torch']['max']:.1e})")
@@ -237,7 +239,7 @@ def split(arguments: argparse.Namespace) -> None:
 
 
 def training(arguments: argparse.Namespace) -> None:
-    """Time forward and backward together against PyTorch operations, and fla's chunk_gla where it is there."""
+    """Time forward and backward against PyTorch operations and, where it is there, fla's chunk_gla."""
     try:
         from fla.ops.gla import chunk_gla
     except ImportError:
@@ -290,88 +292,247 @@ def training(arguments: argparse.Namespace) -> None:
         print("    " + ", ".join(f"{name[:40]} {t}" for name, t in list(row["kernels"].items())[:12]))
 
 
-def candidates(width: int, chunks: list[int]) -> list[tuple[int, Tuning]]:
-    """Return what the sweep tries: chunks and compilations, the same for both kernels."""
-    found = []
-    for chunk in chunks:
-        for warps, registers in ((4, None), (4, 168), (4, 128), (8, None), (8, 128), (2, None)):
-            if (chunk < 64 and warps == 8) or (chunk >= 64 and warps == 2):
-                continue
-            if width > 64 and warps == 4 and registers is not None:
-                continue
-            for stages in (1, 2):
-                if stages == 2 and registers is not None:
-                    continue
-                found.append((chunk, Tuning(warps, stages, registers)))
-    return found
+# What the sweep tries: warps, stages, registers. Kernels are timed one by one, so that the i-th of each list
+# can run together.
+PREPARE = [(4, 1, None), (4, 1, 168), (4, 1, 128), (8, 1, None), (8, 1, 128)]
+STATE = [(4, 1, None), (4, 2, None), (4, 3, None), (8, 2, None), (4, 4, None)]
+OUTPUT = [(4, 2, None), (4, 3, None), (4, 2, 168), (4, 2, 128), (8, 2, None), (4, 1, None), (8, 3, None)]
+GRADIENT = [(4, 1, None), (8, 1, None), (4, 1, 168), (4, 2, None)]
+KERNELS = ("prepare_kernel", "prepared_state_kernel", "scan_kernel", "prepared_output_kernel")
 
 
-def with_candidate(shape: Shape, chunk: int, tuning: Tuning, segment: int | None) -> Configuration:
-    """Return the table's configuration with another chunk, compilation and segment."""
-    table = choose_configuration(
+def table_configuration(shape: Shape) -> Configuration:
+    """Return what the table has for a shape."""
+    return choose_configuration(
         shape.width, shape.width, shape.dtype, shape.tokens, shape.batch * shape.heads, -2.5,
         kernels.processors(torch.device("cuda")),
     )  # fmt: skip
-    return replace(
-        table, chunk=chunk, sub_block=sub_block_tokens(-2.5, chunk), state=tuning, output=tuning,
-        segment=max(segment or table.segment, chunk),
-    )  # fmt: skip
+
+
+def prepared_candidates(shape: Shape) -> list[Configuration]:
+    """Return configurations with features made once, the i-th tuning of each kernel together."""
+    found = []
+    for chunk, values in itertools.product((64, 128), (64, 128)):
+        if values > shape.width:
+            continue
+        for i in range(max(len(PREPARE) * 2, len(STATE), len(OUTPUT))):
+            found.append(
+                replace(
+                    table_configuration(shape), is_prepared=True, chunk=chunk, value_block=values,
+                    sub_block=sub_block_tokens(-2.5, chunk), segment=max(chunk, 256),
+                    prepare=Tuning(*PREPARE[i % len(PREPARE)]), prepare_heads=(1, 4)[i // len(PREPARE) % 2],
+                    state=Tuning(*STATE[i % len(STATE)]), output=Tuning(*OUTPUT[i % len(OUTPUT)]),
+                )
+            )  # fmt: skip
+    return found
+
+
+def gradient_candidates(shape: Shape) -> list[Configuration]:
+    """Return configurations of the backward kernels."""
+    return [
+        replace(table_configuration(shape), gradient_chunk=chunk, gradient=Tuning(*tuning))
+        for chunk, tuning in itertools.product((32, 64, 16), GRADIENT)
+    ]
+
+
+def gradient_shapes() -> list[Shape]:
+    """Return 16 K tokens of SmolLM2-135M's shape and 8 K of Llama-3.2-1B's, 1,024 a sequence."""
+    return [Shape(1024, 64, batch=16, heads=9, kv_heads=3), Shape(1024, 64, batch=8)]
+
+
+def run_gradients(shape: Shape, configuration: Configuration) -> Callable[[], kernels.Gradients]:
+    """Return a call of the backward kernels."""
+    tensors = shape.tensors()
+    inputs = kernels.MixerInputs(**tensors, num_state_heads=shape.heads)
+    plan = kernels.make_plan(inputs, kernels.MixerOptions(is_logit=True, configuration=configuration))
+    saved = kernels.forward(plan, save_sums=True)
+    weights = torch.randn(saved.output.shape, device="cuda").to(saved.output.dtype)
+    return lambda: kernels.backward(plan, saved, weights, None)
+
+
+def compile_share(arguments: argparse.Namespace) -> None:
+    """Compile every n-th candidate and leave: what a helper process of the sweep does."""
+    index, count = map(int, arguments.share.split("/"))
+    jobs: list[tuple[Shape, Configuration, bool]] = []
+    for width in arguments.widths:
+        shape = Shape(256, width)
+        jobs += [(shape, c, False) for c in (table_configuration(shape), *prepared_candidates(shape))]
+    if not arguments.no_gradients:
+        for shape in gradient_shapes():
+            short = replace(shape, tokens=128, batch=1)
+            jobs += [(short, c, True) for c in gradient_candidates(shape)]
+    for shape, configuration, is_gradient in jobs[index::count]:
+        try:
+            if is_gradient:
+                run_gradients(shape, configuration)()
+            else:
+                run_kernels(shape.tensors(), configuration)
+            torch.cuda.synchronize()
+        except Exception as error:
+            print(f"D=F={shape.width} {brief(configuration)}: {type(error).__name__}", flush=True)
+
+
+def brief(c: Configuration) -> str:
+    """Return a configuration in a line."""
+
+    def tuning(t: Tuning) -> str:
+        return f"{t.warps}/{t.stages}/{t.registers or '-'}"
+
+    if c.is_prepared:
+        return (
+            f"prepared, chunk {c.chunk}, segment {c.segment}, values {c.value_block}, "
+            f"prepare {tuning(c.prepare)} x{c.prepare_heads}, state {tuning(c.state)}, "
+            f"output {tuning(c.output)}"
+        )
+    return (
+        f"fused, chunk {c.chunk}, segment {c.segment}, values {c.value_block}, state {tuning(c.state)}, "
+        f"output {tuning(c.output)}, gradient {c.gradient_chunk}: {tuning(c.gradient)}"
+    )
 
 
 def sweep(arguments: argparse.Namespace) -> None:
-    """Time the kernels under other configurations. Compiled in parallel first."""
-    found = [(width, *c) for width in arguments.widths for c in candidates(width, arguments.chunks)]
-    if arguments.share:  # a helper process: compile every n-th and leave
-        index, count = map(int, arguments.share.split("/"))
-        for width, chunk, tuning in found[index::count]:
-            shape = Shape(2 * chunk, width)
-            try:
-                run_kernels(shape.tensors(), with_candidate(shape, chunk, tuning, None))
-            except Exception as error:
-                print(f"D=F={width} chunk {chunk} {tuning}: {type(error).__name__}", flush=True)
+    """Find the fastest configuration: tunings at one length, then chunks and segments at each. Compile first.
+
+    What gives a wrong output is named and not timed.
+    """
+    if arguments.share:
+        compile_share(arguments)
         return
     started = time.perf_counter()
-    count = min(12, os.cpu_count() or 1)
+    count = min(15, os.cpu_count() or 1)
     command = [sys.executable, __file__, "--parts", "sweep", "--widths", ",".join(map(str, arguments.widths))]
-    command += ["--chunks", ",".join(map(str, arguments.chunks))]
+    command += ["--no-gradients"] * arguments.no_gradients
     helpers = [subprocess.Popen([*command, "--share", f"{i}/{count}"]) for i in range(count)]
     for helper in helpers:
         helper.wait()
-    print(
-        f"\n# sweep; compiled in {time.perf_counter() - started:.0f} s; microseconds of each kernel",
-        flush=True,
-    )
-    print("| D=F | T | chunk | segment | warps, stages, registers | state | output | all kernels |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print(f"\n# sweep; compiled in {time.perf_counter() - started:.0f} s", flush=True)
     RESULTS["sweep"] = []
+    table: list[str] = []
     with torch.no_grad():
-        for width, tokens in itertools.product(arguments.widths, arguments.lengths):
-            shape = Shape(tokens, width)
-            tensors = shape.tensors()
-            for (w, chunk, tuning), segment in itertools.product(found, arguments.segments):
-                if time.perf_counter() - started > arguments.seconds:
-                    print("out of time")
-                    return
-                if w != width:
+        for width in arguments.widths:
+            _sweep_forward(width, arguments, started, table)
+        if not arguments.no_gradients:
+            for shape in gradient_shapes():
+                _sweep_gradients(shape, arguments, started, table)
+    print(f"\n# best, after {time.perf_counter() - started:.0f} s\n")
+    print("\n".join(table))
+
+
+def _is_late(arguments: argparse.Namespace, started: float) -> bool:
+    late = time.perf_counter() - started > arguments.seconds
+    if late:
+        print("out of time", flush=True)
+    return late
+
+
+def _checked_times(
+    tensors: dict[str, Tensor], configuration: Configuration, expected: Tensor
+) -> dict[str, float]:
+    """Return the microseconds of each kernel; nothing where the output is wrong or a launch fails."""
+    try:
+        error = relative_error(run_kernels(tensors, configuration).output, expected)["rms"]
+        if not error < 1.5e-2:
+            print(f"WRONG, rms {error:.1e}: {brief(configuration)}", flush=True)
+            return {}
+        return kernel_split(lambda: run_kernels(tensors, configuration), 5)
+    except Exception as error:
+        print(f"{type(error).__name__}: {brief(configuration)}", flush=True)
+        return {}
+
+
+def _sweep_forward(width: int, arguments: argparse.Namespace, started: float, table: list[str]) -> None:
+    def expected_of(tensors: dict[str, Tensor]) -> Tensor:
+        exact = {name: t.float() for name, t in tensors.items()}
+        return linear_attention_mixer(**exact, backend="torch")[0]
+
+    best: dict[tuple[int, int, str], tuple[float, Configuration]] = {}
+    shape = Shape(8192, width)
+    tensors = shape.tensors()
+    expected = expected_of(tensors)
+    for configuration in prepared_candidates(shape):
+        if _is_late(arguments, started):
+            break
+        times = _checked_times(tensors, configuration, expected)
+        if not times:
+            continue
+        print(f"D=F={width} {brief(configuration)}: {times}", flush=True)
+        RESULTS["sweep"].append({"width": width, "configuration": repr(configuration), "microseconds": times})
+        for kernel in KERNELS:
+            key = (configuration.chunk, configuration.value_block, kernel)
+            if key not in best or times[kernel] < best[key][0]:
+                best[key] = (times[kernel], configuration)
+    combined = []
+    for chunk, values in sorted({key[:2] for key in best}):
+        prepare, state, _, output = (best[chunk, values, kernel][1] for kernel in KERNELS)
+        combined.append(
+            replace(
+                prepare, prepare=prepare.prepare, prepare_heads=prepare.prepare_heads, state=state.state,
+                output=output.output,
+            )
+        )  # fmt: skip
+    for tokens in arguments.lengths:
+        shape = Shape(tokens, width)
+        tensors = shape.tensors()
+        expected = expected_of(tensors)
+        found = []
+        for segment in (64, 128, 256, 512, 1024):
+            for configuration in combined:
+                if segment < configuration.chunk or _is_late(arguments, started):
                     continue
-                configuration = with_candidate(shape, chunk, tuning, segment)
-                try:
-                    times = kernel_split(lambda t=tensors, c=configuration: run_kernels(t, c), 5)
-                except Exception as error:
-                    print(f"| {width} | {tokens} | {chunk} | | {tuning} | {type(error).__name__} | | |")
-                    continue
-                row = {
-                    "width": width, "tokens": tokens, "chunk": chunk, "segment": configuration.segment,
-                    "warps": tuning.warps, "stages": tuning.stages, "registers": tuning.registers,
-                    "microseconds": times,
-                }  # fmt: skip
-                RESULTS["sweep"].append(row)
-                print(
-                    f"| {width} | {tokens} | {chunk} | {configuration.segment} | {tuning.warps}, "
-                    f"{tuning.stages}, {tuning.registers} | {times.get('state_kernel')} | "
-                    f"{times.get('output_kernel')} | {sum(times.values()):.1f} |",
-                    flush=True,
-                )
+                configuration = replace(configuration, segment=segment)
+                times = _checked_times(tensors, configuration, expected)
+                if times:
+                    found.append((sum(times.values()), configuration, times))
+        found.sort(key=lambda item: item[0])
+        finalists = [configuration for _, configuration, _ in found[:3]]
+        theirs = milliseconds(flash(tensors), 20, graph=True)["median"]
+        for configuration in (table_configuration(shape), *finalists):
+            call = functools.partial(run_kernels, tensors, configuration)
+            graph, eager = (milliseconds(call, 20, graph=by_graph)["median"] for by_graph in (True, False))
+            line = (
+                f"D=F={width} T={tokens}: {graph:.3f} ms graph, {eager:.3f} eager, {graph / theirs:.3f} of "
+                f"flash ({theirs:.3f}): {brief(configuration)}"
+            )
+            table.append(line)
+            print(line, flush=True)
+        for total, configuration, times in found[:3]:
+            print(f"    {total:.0f} us: {brief(configuration)}: {times}", flush=True)
+
+
+def _sweep_gradients(shape: Shape, arguments: argparse.Namespace, started: float, table: list[str]) -> None:
+    small = replace(shape, batch=1)
+    with torch.enable_grad():
+        leaves = {name: t.float().requires_grad_() for name, t in small.tensors().items()}
+        output = linear_attention_mixer(**leaves, backend="torch")[0]
+        weights = torch.randn(output.shape, device="cuda").to(shape.dtype)
+        wanted = torch.autograd.grad(output, list(leaves.values()), weights.float())
+    expected = dict(zip(leaves, wanted, strict=True))
+    found = []
+    for configuration in gradient_candidates(shape):
+        if _is_late(arguments, started):
+            break
+        try:
+            inputs = kernels.MixerInputs(**small.tensors(), num_state_heads=shape.heads)
+            options = kernels.MixerOptions(is_logit=True, configuration=configuration)
+            plan = kernels.make_plan(inputs, options)
+            ours = kernels.backward(plan, kernels.forward(plan, save_sums=True), weights, None)
+            errors = {name: relative_error(getattr(ours, name), t)["rms"] for name, t in expected.items()}
+            if not max(errors.values()) < 3e-2:
+                print(f"WRONG {errors}: {brief(configuration)}", flush=True)
+                continue
+            call = run_gradients(shape, configuration)
+            times = kernel_split(call, 5)
+            found.append((milliseconds(call, 10, graph=False)["median"], brief(configuration), times))
+        except Exception as error:
+            print(f"{type(error).__name__}: {brief(configuration)}", flush=True)
+            continue
+        print(f"B={shape.batch} H={shape.heads} {found[-1]}", flush=True)
+        RESULTS["sweep"].append({"heads": shape.heads, "gradient": found[-1]})
+    found.sort(key=lambda item: item[0])
+    for total, what, times in found[:3]:
+        table.append(
+            f"backward, B={shape.batch} T={shape.tokens} H={shape.heads}: {total:.3f} ms: {what}: {times}"
+        )
 
 
 def first(arguments: argparse.Namespace) -> None:
@@ -396,7 +557,19 @@ def first(arguments: argparse.Namespace) -> None:
     for width in arguments.widths:
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, __file__, "--parts", "first", "--share", "0/1", "--widths", str(width)]
+            command += ["--design", arguments.design]
             subprocess.run(command, env={**os.environ, "TRITON_CACHE_DIR": folder}, check=True)
+
+
+def with_design(table: Configuration, is_prepared: bool) -> Configuration:
+    """Return the configuration with features made once, or wherever they are needed."""
+    if not is_prepared:
+        return replace(table, is_prepared=False)
+    values, chunk = min(table.value_block, 64), 64
+    return replace(
+        table, is_prepared=True, chunk=chunk, sub_block=sub_block_tokens(-2.5, chunk), value_block=values,
+        segment=max(table.segment, chunk), prepare=Tuning(4), state=Tuning(4, 2), output=Tuning(4, 2),
+    )  # fmt: skip
 
 
 PARTS = {
@@ -422,15 +595,19 @@ def main() -> None:
         "--lengths", type=numbers, default=[1024, 2048, 4096, 8192, 16384, 32768, 65536], help="T"
     )
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--chunks", type=numbers, default=[64, 32], help="of the sweep")
+    parser.add_argument("--no-gradients", action="store_true", help="the sweep leaves the backward out")
     parser.add_argument(
-        "--segments", type=lambda text: [int(s) or None for s in text.split(",")], default=[None],
-        help="of the sweep; 0 is the table's",
+        "--design", choices=("table", "fused", "prepared"), default="table",
+        help="what correctness, forward, split, training and first run, in place of the table's",
     )  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=150, help="the sweep stops after so long")
+    parser.add_argument("--seconds", type=float, default=220, help="the sweep stops after so long")
     parser.add_argument("--share", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="write all figures here")
     arguments = parser.parse_args()
+    if arguments.design != "table":
+        choose = kernels.choose_configuration
+        is_prepared = arguments.design == "prepared"
+        kernels.choose_configuration = lambda *a: with_design(choose(*a), is_prepared)
     if not arguments.share:
         import triton
 
