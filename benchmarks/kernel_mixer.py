@@ -603,7 +603,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=220, help="the sweep stops after so long")
     parser.add_argument("--share", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="write all figures here")
+    parser.add_argument("--reuse", action="store_true", help="launch without asking Triton what to compile")
     arguments = parser.parse_args()
+    kernels.reuse_compiled = arguments.reuse
     if arguments.design != "table":
         choose = kernels.choose_configuration
         is_prepared = arguments.design == "prepared"

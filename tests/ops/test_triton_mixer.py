@@ -289,6 +289,33 @@ def test_auto_falls_back_and_says_so_once(
     assert "fell back to torch: q is torch.float64" in explain()
 
 
+def test_reuse_of_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled once for each type, alignment and constant, whatever the lengths; values in their order."""
+    monkeypatch.setattr(mixer, "reuse_compiled", True)
+    monkeypatch.setattr(mixer, "_compiled", {})
+    calls: list[Any] = []
+
+    class Kernel:
+        arg_names = ("x", "y", "tokens", "A", "B")
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def run(*arguments: Any, **options: Any) -> Any:
+                calls.append("compiled" if "num_warps" in options else (grid, arguments))
+                return self
+
+            return run
+
+    kernel, x = Kernel(), torch.zeros(64)
+    mixer.launch(kernel, 3, x, None, 5, B=2, A=1, warps=4)
+    mixer.launch(kernel, 7, x, None, 9, B=2, A=1, warps=4)
+    assert calls == ["compiled", ((7, 1, 1), (x, None, 9, 1, 2))]
+    for changed in ((x.half(), None, 5), (x[1:], None, 5), (x, x, 5), (x, None, 2**31)):
+        mixer.launch(kernel, 3, *changed, B=2, A=1, warps=4)
+    mixer.launch(kernel, 3, x, None, 5, B=2, A=3, warps=4)
+    mixer.launch(kernel, 3, x, None, 5, B=2, A=1, warps=8)
+    assert calls[2:] == ["compiled"] * 6
+
+
 @pytest.mark.skipif(HAS_GPU, reason="of machines without a GPU")
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     support.missing.cache_clear()
@@ -346,6 +373,23 @@ def test_a_million_tokens() -> None:
     assert torch.isfinite(output).all()
     assert_near(output, expected, 1e-2, "output")
     assert_near(state, expected_state, 1e-2, "state")
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("is_prepared", [False, True])
+@pytest.mark.parametrize("width", [64, 128])
+def test_designs(monkeypatch: pytest.MonkeyPatch, width: int, is_prepared: bool) -> None:
+    """With real chunks; the second call launches what the first compiled."""
+    fields = {"chunk": 64, "value_block": 64} if is_prepared else {"chunk": 64 if width == 64 else 32}
+    configure(monkeypatch, is_prepared=is_prepared, segment=128, gradient_chunk=32, **fields)
+    monkeypatch.setattr(mixer, "reuse_compiled", True)
+    for gate_scale in (1.0, 100.0):
+        case = MixerCase(
+            1000, heads=4, kv_heads=2, state_heads=4, width=width, feature_dim=width, gate_scale=gate_scale
+        )
+        for _ in range(2):
+            check(case, torch.bfloat16)
 
 
 @pytest.mark.gpu

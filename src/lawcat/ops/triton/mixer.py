@@ -23,6 +23,10 @@ from .configurations import STRONGEST_LOG_DECAY, Configuration, choose_configura
 from .forward import gate_kernel, output_kernel, scan_kernel, state_kernel
 from .prepared import prepare_kernel, prepared_output_kernel, prepared_state_kernel, strong_output_kernel
 
+# Launch what was compiled before without asking Triton what to compile, which costs it tens of microseconds.
+reuse_compiled = False
+_compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
+
 # Tests put a function here that fills what it allocates with NaN: nothing may be read before it is written.
 allocate: Any = torch.empty
 
@@ -209,14 +213,37 @@ def launch(
     registers: int | None = None,
     **constants: Any,
 ) -> None:
-    """Run a kernel on a grid of one dimension."""
+    """Run a kernel on a grid of one dimension. The first of the arguments is a tensor."""
+    if reuse_compiled:
+        key = (
+            kernel, arguments[0].device, warps, stages, registers,
+            *map(_what_is_compiled_for, arguments), *constants.items(),
+        )  # fmt: skip
+        if key in _compiled:
+            compiled, values = _compiled[key]
+            compiled[programs, 1, 1](*arguments, *values)
+            return
     try:
-        kernel[(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages, maxnreg=registers)
+        compiled = kernel[(programs,)](
+            *arguments, **constants, num_warps=warps, num_stages=stages, maxnreg=registers
+        )
     except triton.runtime.errors.OutOfResources as error:
         raise BackendError(
             f"{kernel.fn.__name__} needs more of the GPU than it has: {error}. Use backend='torch' (for a "
             "whole program, the environment variable LAWCAT_BACKEND=torch)."
         ) from error
+    if reuse_compiled and compiled is not None:  # the interpreter compiles nothing
+        names = kernel.arg_names[len(arguments) :]
+        _compiled[key] = compiled, tuple(constants[name] for name in names)
+
+
+def _what_is_compiled_for(argument: Any) -> Any:
+    """Return what of an argument a compiled kernel depends on: not an integer's value, for none."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return "int64" if argument >= 2**31 else int
+    return None if argument is None else type(argument)
 
 
 def decay_sums(plan: Plan) -> Tensor:
