@@ -568,7 +568,8 @@ def with_design(table: Configuration, is_prepared: bool) -> Configuration:
     values, chunk = min(table.value_block, 64), 64
     return replace(
         table, is_prepared=True, chunk=chunk, sub_block=sub_block_tokens(-2.5, chunk), value_block=values,
-        segment=max(table.segment, chunk), prepare=Tuning(4), state=Tuning(4, 2), output=Tuning(4, 2),
+        segment=max(table.segment, chunk), prepare=Tuning(4), prepare_heads=4,
+        state=Tuning(4, 2), output=Tuning(4, 2),
     )  # fmt: skip
 
 

@@ -51,7 +51,7 @@ def log2_decay(
         e = tl.exp2(-tl.abs(x))
         # log2(1 + e) in float32 has no digits left for the slow channels, where e is small.
         soft = tl.where(e < 0.0009765625, e * (1.0 - 0.5 * e) * LOG2_E, tl.log2(1.0 + e))
-        x = (tl.minimum(x, 0.0) - soft) / divisor
+        x = (tl.minimum(x, 0.0) - soft) * (1.0 / divisor)
     x = tl.maximum(x, lowest * LOG2_E)
     if MASKED:
         real = real & (tl.load(keep + first_row + t0 + i, mask=real, other=0) != 0)
