@@ -174,7 +174,7 @@ def test_a_damaged_student(student: Path, name: str, damage: str) -> None:
 def test_a_student_that_transformers_saved(tmp_path: Path, student: Path) -> None:
     place = tmp_path / "again"
     load_model(student).model.save_pretrained(place)
-    with pytest.raises(CheckpointError, match="has no tokenizer that can be loaded.*--tokenizer"):
+    with pytest.raises(CheckpointError, match=r"has no tokenizer that can be loaded.*--tokenizer"):
         load_model(place)  # without a tokenizer
     tiny_tokenizer().save_pretrained(place)
     loaded = load_model(place)
