@@ -11,8 +11,8 @@ from lawcat.evaluation.answering import reads_in_pieces
 from lawcat.evaluation.records import read_records
 from lawcat.evaluation.runner import evaluate
 from lawcat.evaluation.samples import SampleCache, made_ahead
-from lawcat.tasks import Sample, TextSource
-from lawcat.tasks.sample import Task, count_tokens
+from lawcat.tasks import TextSource
+from lawcat.tasks.sample import Task
 
 
 class Counting(Task):
@@ -26,23 +26,14 @@ class Counting(Task):
         self.crashing = crashing
         self.made = []
 
-    def generate(self, tokenizer, length, index, seed, *, split="evaluation", **options):
-        word = self.resolve_options(options)["word"]
-        self.made.append((length, index))
+    def make(self, request):
+        index = request.index
+        self.made.append((request.length, index))
         if index in self.crashing:
             raise RuntimeError(f"no sample {index}\nand more")
-        prompt = f"The {word} is green. " * (1 + length // 50) + f"{seed} {index}"
-        return Sample(
-            self.name,
-            length,
-            index,
-            seed,
-            prompt,
-            ("a",),
-            5,
-            count_tokens(tokenizer, prompt),
-            depth=index / 10,
-        )
+        sentence = f"The {request.options['word']} is green. "
+        prompt = sentence * (1 + request.length // 50) + f"{request.seed} {index}"
+        return request.sample(prompt, ("a",), 5, depth=index / 10, metadata={})
 
     def score(self, sample, answer_text):
         if answer_text == "the rule's":
@@ -425,9 +416,9 @@ def test_outside_data_reaches_the_tasks_that_take_it(tokenizer, model):
         name = "facts"
         default_options: Mapping = {"word": "grass", "noise": None, "babi": None}
 
-        def generate(self, tokenizer, length, index, seed, *, noise, babi, **options):
-            taken.append((noise, babi))
-            return super().generate(tokenizer, length, index, seed, **options)
+        def make(self, request):
+            taken.append((request.options["noise"], request.options["babi"]))
+            return super().make(request)
 
     taken = []
     source = TextSource("own.txt", "Nothing of note. ")

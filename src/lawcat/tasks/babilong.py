@@ -23,6 +23,7 @@ from lawcat.tasks.babi_simulator import simulate_story
 from lawcat.tasks.haystack import NOISE_SENTENCE, TextSource, resolve_source
 from lawcat.tasks.sample import (
     Sample,
+    SampleRequest,
     Split,
     Task,
     check_length,
@@ -112,22 +113,13 @@ class BabiLong(Task):
             chosen["babi"] = babi_source(chosen["babi"], self.qa)
         return chosen
 
-    def generate(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        length: int,
-        index: int,
-        seed: int,
-        *,
-        split: Split = "evaluation",
-        **options: Any,
-    ) -> Sample:
-        """Return one prompt; see the class for the options and `Task.generate` for the rest."""
-        room = _room(length)
-        chosen = self.resolve_options(options)
-        rng = sample_rng(self.name, length, index, seed, split)
+    def make(self, request: SampleRequest) -> Sample:
+        """Return one prompt; see the class for the options."""
+        tokenizer, options, split = request.tokenizer, request.options, request.split
+        room = _room(request.length)
+        rng = request.rng()
         most_lines = room // TOKENS_A_LINE if room else None
-        babi: TextSource | None = chosen["babi"]
+        babi: TextSource | None = options["babi"]
         if babi is None:
             asked = _simulate(self.qa, rng, split, most_lines)
         elif split == "train":
@@ -135,24 +127,17 @@ class BabiLong(Task):
                 "The published bAbI files are for evaluation. Leave the option babi out to make new stories."
             )
         else:
-            asked = _published(babi, most_lines, index, seed)
+            asked = _published(babi, most_lines, request.index, request.seed)
         ruler = (
-            tokenizer if chosen["length_tokenizer"] is None else _load_tokenizer(chosen["length_tokenizer"])
+            tokenizer if options["length_tokenizer"] is None else _load_tokenizer(options["length_tokenizer"])
         )
         noise_tokens = room - sum(_count_pieces(ruler, asked.facts)) if room else 0
-        context = _scatter(ruler, asked.facts, chosen["noise"].text, noise_tokens, rng)
-        prompt = babilong_prompt(self.qa, context.text, asked.text)
-        depth = context.fact_starts[min(asked.supports)] / len(context.text)
-        return Sample(
-            task=self.name,
-            length=length,
-            index=index,
-            seed=seed,
-            prompt=prompt,
-            answers=(asked.answer,),
-            max_new_tokens=MAX_NEW_TOKENS,
-            num_tokens=count_tokens(tokenizer, prompt),
-            depth=depth,
+        context = _scatter(ruler, asked.facts, options["noise"].text, noise_tokens, rng)
+        return request.sample(
+            babilong_prompt(self.qa, context.text, asked.text),
+            (asked.answer,),
+            MAX_NEW_TOKENS,
+            depth=context.fact_starts[min(asked.supports)] / len(context.text),
             metadata={
                 "question": asked.text,
                 "facts": len(asked.facts),

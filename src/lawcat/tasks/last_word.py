@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 from lawcat.errors import ConfigurationError, DataError
 from lawcat.tasks.context import split_sentences
 from lawcat.tasks.haystack import TextSource, resolve_source
-from lawcat.tasks.sample import Sample, Split, Task, check_length, count_tokens, register_task, sample_rng
+from lawcat.tasks.sample import Sample, SampleRequest, Task, count_tokens, register_task, sample_rng
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,46 +81,31 @@ class LastWord(Task):
         chosen["haystack"] = resolve_source(chosen["haystack"])
         return chosen
 
-    def generate(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        length: int,
-        index: int,
-        seed: int,
-        *,
-        split: Split = "evaluation",
-        **options: Any,
-    ) -> Sample:
+    def make(self, request: SampleRequest) -> Sample:
         """Return one passage without its last word; see the class for the options.
 
-        Args and returned are as of `Task.generate`.
-
         Raises:
-            ConfigurationError: also for `split="train"`: to train on last words, train on text.
+            ConfigurationError: for `split="train"`: to train on last words, train on text.
             DataError: if the text has no passage of that length, or not so many.
         """
-        check_length(length)
-        chosen = self.resolve_options(options)
-        if split != "evaluation":
+        if request.split != "evaluation":
             raise ConfigurationError(
-                f"last_word has no split {split!r}, only 'evaluation': any text teaches it. Train on text "
-                "that it is not measured on."
+                f"last_word has no split {request.split!r}, only 'evaluation': any text teaches it. Train on "
+                "text that it is not measured on."
             )
-        source: TextSource = chosen["haystack"]
-        key = (source.sha256, length, seed, chosen["min_letters"], chosen["mentioned"])
+        tokenizer, options = request.tokenizer, request.options
+        source: TextSource = options["haystack"]
+        which = (request.length, request.seed, options["min_letters"], options["mentioned"])
         known = _known.setdefault(tokenizer, {})
+        key = (source.sha256, *which)
         if key not in known:
-            known[key] = _Passages(source, length, seed, chosen["min_letters"], chosen["mentioned"])
-        passage = known[key].get(tokenizer, index)
+            known[key] = _Passages(source, *which)
+        passage = known[key].get(tokenizer, request.index)
         said = tokenizer(f" {passage.word}", add_special_tokens=False, verbose=False).input_ids
-        return Sample(
-            task=self.name,
-            length=length,
-            index=index,
-            seed=seed,
-            prompt=passage.prompt,
-            answers=(passage.word,),
-            max_new_tokens=len(said) + _SPARE_TOKENS,
+        return request.sample(
+            passage.prompt,
+            (passage.word,),
+            len(said) + _SPARE_TOKENS,
             num_tokens=passage.num_tokens,
             metadata={
                 "sentences": passage.num_sentences,

@@ -31,7 +31,7 @@ from lawcat.tasks.needle import (
 from lawcat.tasks.round_trip import require_round_trip
 from lawcat.tasks.ruler import RulerTask, too_short
 from lawcat.tasks.sample import (
-    Split,
+    SampleRequest,
     check_length,
     choose,
     count_tokens,
@@ -79,16 +79,10 @@ class NeedleTask(RulerTask):
             return 500
         return 25 if length >= 4096 else 5
 
-    def ask(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        rng: random.Random,
-        seed: int,
-        split: Split,
-        options: Mapping[str, Any],
-    ) -> NeedleQuestion:
-        """Return a question drawn from `rng`."""
-        source = options["haystack"]
+    def ask(self, request: SampleRequest) -> NeedleQuestion:
+        """Return the question of this request."""
+        rng, split = request.rng(), request.split
+        source = request.options["haystack"]
         needles = draw_needles(rng, self.form, split)
         places = draw_places(rng, _is_prose(source), self.form.num_needles)
         asked = _draw_asked(rng, self.form)

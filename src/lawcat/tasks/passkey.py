@@ -16,6 +16,7 @@ from lawcat.tasks.haystack import NOISE_SENTENCE
 from lawcat.tasks.round_trip import require_round_trip
 from lawcat.tasks.sample import (
     Sample,
+    SampleRequest,
     Split,
     Task,
     check_length,
@@ -102,44 +103,23 @@ class Passkey(Task):
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "exact", "digit_accuracy")
     default_options: ClassVar[Mapping[str, Any]] = {"length_rule": "tokens", "depth": "grid"}
 
-    def generate(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        length: int,
-        index: int,
-        seed: int,
-        *,
-        split: Split = "evaluation",
-        **options: Any,
-    ) -> Sample:
-        """Return one prompt; see the class for options and `Task.generate` for the rest."""
-        check_length(length)
-        chosen = self.resolve_options(options)
-        require_round_trip(tokenizer, ("numbers",))
-        rng = sample_rng(self.name, length, index, seed, split)
-        key = _draw_key(rng, split)
-        depth = _draw_depth(chosen["depth"], index, rng)
-        rule = choose(chosen["length_rule"], ("tokens", "longlora", "longrope"), "length_rule")
+    def make(self, request: SampleRequest) -> Sample:
+        """Return one prompt; see the class for options."""
+        require_round_trip(request.tokenizer, ("numbers",))
+        options, length = request.options, request.length
+        rng = request.rng()
+        key = _draw_key(rng, request.split)
+        depth = _draw_depth(options["depth"], request.index, rng)
+        rule = choose(options["length_rule"], ("tokens", "longlora", "longrope"), "length_rule")
         if rule == "tokens":
-            num_chars = _fit_garbage(tokenizer, length, key, depth)
+            num_chars = _fit_garbage(request.tokenizer, length, key, depth)
         elif rule == "longlora":
             num_chars = int(3.75 * length // 1024 * 1024)
         else:
             num_chars = int(3.65 * length)
         prefix_chars = round(depth * num_chars)
         prompt = passkey_text(key, prefix_chars, num_chars - prefix_chars)
-        return Sample(
-            task=self.name,
-            length=length,
-            index=index,
-            seed=seed,
-            prompt=prompt,
-            answers=(key,),
-            max_new_tokens=10,
-            num_tokens=count_tokens(tokenizer, prompt),
-            depth=depth,
-            metadata={"garbage_chars": num_chars},
-        )
+        return request.sample(prompt, (key,), 10, depth=depth, metadata={"garbage_chars": num_chars})
 
     def score(self, sample: Sample, answer_text: str) -> dict[str, float]:
         """Return accuracy, exact and digit_accuracy; see the class."""

@@ -10,27 +10,23 @@ from __future__ import annotations
 import random
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 from lawcat.errors import DataError
 from lawcat.tasks.round_trip import require_round_trip
 from lawcat.tasks.sample import (
     Sample,
+    SampleRequest,
     Split,
     Task,
-    check_length,
     count_tokens,
     draw,
     fit_units,
     register_task,
-    sample_rng,
 )
 from lawcat.tasks.words import draw_new, random_noun, random_word
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 NUM_CUE_WORDS = 3
 NUM_COPIED_WORDS = 8
@@ -50,7 +46,6 @@ class _Probe:
 class _RecallTask(Task):
     """A list of random words that fills a length, and a question about it; without options."""
 
-    default_options: ClassVar[Mapping[str, Any]] = {}
     max_new_tokens: ClassVar[int]
     least_units: ClassVar[int]
 
@@ -58,21 +53,11 @@ class _RecallTask(Task):
     def draw_probe(self, rng: random.Random, split: Split) -> _Probe:
         """Return a probe drawn from `rng`."""
 
-    def generate(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        length: int,
-        index: int,
-        seed: int,
-        *,
-        split: Split = "evaluation",
-        **options: Any,
-    ) -> Sample:
-        """Return one prompt of at most `length` tokens; see `Task.generate`."""
-        check_length(length)
-        self.resolve_options(options)
+    def make(self, request: SampleRequest) -> Sample:
+        """Return one prompt of at most as many tokens as asked for."""
+        tokenizer, length = request.tokenizer, request.length
         require_round_trip(tokenizer, ("words",))
-        probe = self.draw_probe(sample_rng(self.name, length, index, seed, split), split)
+        probe = self.draw_probe(request.rng(), request.split)
 
         def count(more: int) -> int:
             return count_tokens(tokenizer, probe.prompt(self.least_units + more))
@@ -84,16 +69,10 @@ class _RecallTask(Task):
                 f"Ask for a length of at least {count(0)} tokens."
             )
         units = self.least_units + more
-        prompt = probe.prompt(units)
-        return Sample(
-            task=self.name,
-            length=length,
-            index=index,
-            seed=seed,
-            prompt=prompt,
-            answers=probe.answers(units),
-            max_new_tokens=self.max_new_tokens,
-            num_tokens=count_tokens(tokenizer, prompt),
+        return request.sample(
+            probe.prompt(units),
+            probe.answers(units),
+            self.max_new_tokens,
             depth=probe.depth(units),
             metadata={"units": units},
         )

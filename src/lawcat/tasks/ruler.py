@@ -7,11 +7,10 @@ the linear fit as lm-evaluation-harness has it, `lm_eval/tasks/ruler`.
 from __future__ import annotations
 
 import math
-import random
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from weakref import WeakKeyDictionary
 
@@ -19,16 +18,7 @@ from lawcat.errors import DataError
 from lawcat.tasks.context import Context, sentences_of
 from lawcat.tasks.haystack import TextSource, resolve_source
 from lawcat.tasks.round_trip import require_round_trip
-from lawcat.tasks.sample import (
-    Sample,
-    Split,
-    Task,
-    check_length,
-    choose,
-    count_tokens,
-    fit_units,
-    sample_rng,
-)
+from lawcat.tasks.sample import Sample, SampleRequest, Task, choose, count_tokens, fit_units
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -153,15 +143,8 @@ class RulerTask(Task):
     tokens_a_line: float = 24.0
 
     @abstractmethod
-    def ask(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        rng: random.Random,
-        seed: int,
-        split: Split,
-        options: Mapping[str, Any],
-    ) -> Question:
-        """Return a question drawn from `rng`; `options` are resolved."""
+    def ask(self, request: SampleRequest) -> Question:
+        """Return the question of this request, drawn from `request.rng()`."""
 
     @abstractmethod
     def step(self, options: Mapping[str, Any], length: int) -> int:
@@ -180,41 +163,26 @@ class RulerTask(Task):
         """Return the source that the option `haystack` stands for."""
         return resolve_source(spec)
 
-    def generate(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        length: int,
-        index: int,
-        seed: int,
-        *,
-        split: Split = "evaluation",
-        **options: Any,
-    ) -> Sample:
-        """Return one prompt; see the class for the options and `Task.generate` for the rest."""
-        check_length(length)
-        chosen = self.resolve_options(options)
+    def make(self, request: SampleRequest) -> Sample:
+        """Return one prompt; see the class for the options."""
+        tokenizer, options, length = request.tokenizer, request.options, request.length
         require_round_trip(tokenizer, self.value_kinds)
-        linear = chosen["fit"] == "linear"
-        step = self.step(chosen, length)
+        linear = options["fit"] == "linear"
+        step = self.step(options, length)
         filling = _Filling(tokenizer, length, length - self.max_new_tokens, step, linear)
-        rng = sample_rng(self.name, length, index, seed, split)
-        question = self.ask(tokenizer, rng, seed, split, chosen)
+        question = self.ask(request)
         units, tokens = filling.fit(
             question,
-            self._units_of_length(filling, seed, split, chosen),
-            by_step=linear or chosen["overflow"] == "step",
+            self._units_of_length(filling, request),
+            by_step=linear or options["overflow"] == "step",
         )
-        prompt = question.prompt(units)
-        repeats = sentences_of(chosen["haystack"], units)[1] if question.context.is_prose else 0
-        return Sample(
-            task=self.name,
-            length=length,
-            index=index,
-            seed=seed,
-            prompt=prompt,
-            answers=question.answers,
-            max_new_tokens=self.max_new_tokens,
-            num_tokens=count_tokens(tokenizer, prompt) if linear else tokens + num_special_tokens(tokenizer),
+        repeats = sentences_of(options["haystack"], units)[1] if question.context.is_prose else 0
+        return request.sample(
+            question.prompt(units),
+            question.answers,
+            self.max_new_tokens,
+            # The linear fit counts other texts than the prompt.
+            num_tokens=None if linear else tokens + num_special_tokens(tokenizer),
             depth=question.depth(units),
             metadata={
                 **question.describe(units),
@@ -240,14 +208,15 @@ class RulerTask(Task):
         """Return whether every answer has been said: nothing said later can take that back."""
         return self.score(sample, answer_text)["string_match_all"] == 1.0
 
-    def _units_of_length(self, filling: _Filling, seed: int, split: Split, options: Mapping[str, Any]) -> int:
+    def _units_of_length(self, filling: _Filling, request: SampleRequest) -> int:
         """Return how many words or lines all samples of a length start from: found once, by a probe."""
-        known = _fitted.setdefault(filling.tokenizer, {})
+        known = _fitted.setdefault(request.tokenizer, {})
+        options = request.options
         told = [(name, value) for name, value in options.items() if name not in ("haystack", "overflow")]
-        key = (self.name, options["haystack"].sha256, filling.length, seed, split, *told)
+        source = options["haystack"].sha256
+        key = (self.name, source, request.length, request.seed, request.split, *told)
         if key not in known:
-            rng = sample_rng(self.name, filling.length, -1, seed, split)
-            probe = self.ask(filling.tokenizer, rng, seed, split, options)
+            probe = self.ask(replace(request, index=-1))
             tokens_a_unit = 1.35 if probe.context.is_prose else self.tokens_a_line
             known[key] = filling.most_units(probe, tokens_a_unit)
         return known[key]

@@ -54,11 +54,63 @@ class Sample:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class SampleRequest:
+    """Which sample a task is asked to make.
+
+    Args:
+        task: Name of the task.
+        tokenizer: Measures the prompt.
+        length: Nominal length in tokens.
+        index: Which sample, from 0.
+        seed: The run's seed.
+        split: `"evaluation"` or `"train"`.
+        options: Every option of the task, resolved.
+    """
+
+    task: str
+    tokenizer: PreTrainedTokenizerBase
+    length: int
+    index: int
+    seed: int
+    split: Split
+    options: Mapping[str, Any]
+
+    def rng(self) -> random.Random:
+        """Return a fresh generator of random numbers, the same for the same request."""
+        return sample_rng(self.task, self.length, self.index, self.seed, self.split)
+
+    def sample(
+        self,
+        prompt: str,
+        answers: tuple[str, ...],
+        max_new_tokens: int,
+        *,
+        num_tokens: int | None = None,
+        depth: float | None = None,
+        metadata: Mapping[str, Any],
+    ) -> Sample:
+        """Return the sample; its prompt's tokens are counted where `num_tokens` does not tell them."""
+        return Sample(
+            task=self.task,
+            length=self.length,
+            index=self.index,
+            seed=self.seed,
+            prompt=prompt,
+            answers=answers,
+            max_new_tokens=max_new_tokens,
+            num_tokens=count_tokens(self.tokenizer, prompt) if num_tokens is None else num_tokens,
+            depth=depth,
+            metadata=metadata,
+        )
+
+
 class Task(ABC):
     """A seeded generator of samples together with its metric.
 
-    A subclass sets `name`, `metrics` (headline first), `default_options` and, whenever its prompts change, a
-    new `version`, so that answers kept from before are not taken for answers to the new prompts. `uses_prose`
+    A subclass makes samples in `make`, and sets `name`, `metrics` (headline first), `default_options` and,
+    whenever its prompts change, a new `version`, so that answers kept from before are not taken for answers
+    to the new prompts. `uses_prose`
     says that the user's own text, where one is given, should surround the answer (option `haystack`).
     `has_zero_length` says that a nominal length of 0 means something: the question without text around it.
     """
@@ -70,7 +122,6 @@ class Task(ABC):
     uses_prose: bool = False
     has_zero_length: bool = False
 
-    @abstractmethod
     def generate(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -95,8 +146,22 @@ class Task(ABC):
             The sample.
 
         Raises:
-            ConfigurationError: for an option that does not exist or cannot have this value.
+            ConfigurationError: for an option that does not exist or cannot have this value, or a length that
+                is none.
             DataError: if `length` is too short to hold the question.
+        """
+        if length or not self.has_zero_length:
+            check_length(length)
+        chosen = self.resolve_options(options)
+        return self.make(SampleRequest(self.name, tokenizer, length, index, seed, split, chosen))
+
+    @abstractmethod
+    def make(self, request: SampleRequest) -> Sample:
+        """Return the sample asked for; its length is a whole number of tokens, at least 1 (or 0, see above).
+
+        Raises:
+            ConfigurationError: for options or a split that do not go together.
+            DataError: if the length is too short to hold the question.
         """
 
     @abstractmethod

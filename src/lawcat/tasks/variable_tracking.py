@@ -16,7 +16,15 @@ from weakref import WeakKeyDictionary
 from lawcat.tasks.context import Context, Places, draw_places, is_noise, noise_context, prose_context
 from lawcat.tasks.haystack import NOISE_SENTENCE, TextSource
 from lawcat.tasks.ruler import Question, RulerTask, num_special_tokens
-from lawcat.tasks.sample import Split, choose, count_tokens, fit_units, register_task, sample_rng
+from lawcat.tasks.sample import (
+    SampleRequest,
+    Split,
+    choose,
+    count_tokens,
+    fit_units,
+    register_task,
+    sample_rng,
+)
 from lawcat.tasks.words import draw_new
 
 if TYPE_CHECKING:
@@ -154,20 +162,14 @@ class VariableTracking(RulerTask):
             return 500
         return 5 if options["form"] == "ruler" and length < 4096 else 10
 
-    def ask(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        rng: random.Random,
-        seed: int,
-        split: Split,
-        options: Mapping[str, Any],
-    ) -> ChainQuestion:
-        """Return a question drawn from `rng`, its example's names and value too."""
-        source, form = options["haystack"], options["form"]
+    def ask(self, request: SampleRequest) -> ChainQuestion:
+        """Return the question of this request, with its example."""
+        rng, split = request.rng(), request.split
+        source, form = request.options["haystack"], request.options["form"]
         taken: set[str] = set()
         chain = _draw_chain(rng, split, NAME_LETTERS, taken)
         places = draw_places(rng, not is_noise(source), NUM_HOPS + 1)
-        layout = _example_layout(tokenizer, source, seed, split, form)
+        layout = _example_layout(request.tokenizer, source, request.seed, split, form)
         shown = _draw_chain(rng, split, EXAMPLE_NAME_LETTERS, taken)
         if form == "lm_eval":
             shown = Chain(shown.names, layout.value)  # there only the names change from sample to sample
