@@ -246,13 +246,7 @@ def test_what_the_kernel_does_not_do() -> None:
         steps(double, cache, tokens_of(1, 1), "triton")
 
 
-@pytest.mark.parametrize(
-    "checkpointing",
-    [
-        False,
-        pytest.param(True, marks=pytest.mark.xfail(reason="the backward asks twice for what was saved")),
-    ],
-)
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_on_the_kernels(checkpointing: bool) -> None:
     """Of the loss with respect to every parameter; stage 2 goes this way."""
     tokens = tokens_of(2, 6)

@@ -14,6 +14,7 @@ from comparison import assert_near
 from lawcat import LawcatForCausalLM
 from lawcat.model.attention import LawcatAttention
 from lawcat.ops.reference import windowed_linear_attention_reference
+from lawcat.ops.shapes import repeat_heads
 from small_models import make_model
 
 LINEAR, SLIDING, FULL = "linear_attention", "sliding_attention", "full_attention"
@@ -66,7 +67,7 @@ def by_the_book(attention: LawcatAttention, x: Tensor, is_real: Tensor | None = 
     log_decay = x.new_zeros(*x.shape[:2], attention.num_kv_heads, 1)
     if attention.config.gate != "none":
         log_decay = attention.decay_gate.log_decay(attention.decay_gate(x)) * keep
-    k, v, log_decay = (attention._repeat_to_state_heads(t) for t in (k, v, log_decay))
+    k, v, log_decay = (repeat_heads(t, attention.num_state_heads) for t in (k, v, log_decay))
     q, k = q * keep, k * keep
     if config.use_conv:
         q, k = attention.q_conv(q, None)[0], attention.k_conv(k, None)[0]

@@ -19,13 +19,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lawcat.bench import onnx_attention
 from lawcat.bench.limits import timed_backends
 from lawcat.bench.shapes import MixerShape
-from lawcat.ops import (
-    causal_conv1d,
-    gated_linear_attention_reference,
-    gated_linear_attention_step,
-)
+from lawcat.ops import gated_linear_attention_reference, gated_linear_attention_step
+from lawcat.ops.convolution import causal_conv1d_of_heads
+from lawcat.ops.decay import log_decay_of
 from lawcat.ops.feature_map import hedgehog_feature_map
 from lawcat.ops.fused import linear_attention_mixer
+from lawcat.ops.shapes import repeat_heads
 
 Kind = Literal["linear", "softmax"]
 Unavailable: TypeAlias = Callable[[torch.device, torch.dtype], str | None]
@@ -121,11 +120,6 @@ def mixer_inputs(
     )
 
 
-def log_decay(gate_logits: Tensor, shape: MixerShape) -> Tensor:
-    """Return the log-decays of gate logits (equation 5)."""
-    return (F.logsigmoid(gate_logits) / shape.gate_divisor).clamp(min=shape.min_log_decay)
-
-
 @dataclass(frozen=True)
 class Context:
     """What decoding knows of the tokens before.
@@ -177,16 +171,13 @@ def operator_inputs(
     """Return all that precedes the recurrence, in plain PyTorch: q and k as features, v and log-decays, each
     of k's and v's heads repeated to the state heads."""
     shape = inputs.shape
-    repeats = shape.num_state_heads // shape.num_kv_heads
     q = inputs.q
-    k, v, decay = (
-        t if repeats == 1 else t[:, :, :, None].expand(-1, -1, -1, repeats, -1).flatten(2, 3)
-        for t in (inputs.k, inputs.v, log_decay(inputs.gate_logits, shape))
-    )
+    decay = log_decay_of(inputs.gate_logits, shape.gate_divisor, shape.min_log_decay)
+    k, v, decay = (repeat_heads(t, shape.num_state_heads) for t in (inputs.k, inputs.v, decay))
     if inputs.q_conv is not None and inputs.k_conv is not None:
         q_before, k_before = (None, None) if context is None else (context.q_inputs, context.k_inputs)
-        q = causal_conv1d(q.flatten(2), inputs.q_conv, q_before)[0].view(q.shape)
-        k = causal_conv1d(k.flatten(2), inputs.k_conv, k_before)[0].view(k.shape)
+        q, _ = causal_conv1d_of_heads(q, inputs.q_conv, q_before)
+        k, _ = causal_conv1d_of_heads(k, inputs.k_conv, k_before)
     q, k = (hedgehog_feature_map(t, inputs.feature_weight) for t in (q, k))
     return q, k, v, decay
 

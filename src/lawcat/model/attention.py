@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager
 from ..ops.backend import choose_backend, gated_linear_attention, kernels_or_torch
 from ..ops.fused import linear_attention_mixer
 from ..ops.precision import without_autocast
+from ..ops.shapes import repeat_heads
 from ..ops.step import gated_linear_attention_step
 from ..ops.triton import support
 from ..ops.window import gated_linear_attention_sums
@@ -208,7 +209,8 @@ class LawcatAttention(nn.Module):
             q, k = self._rotate(q, k, position_embeddings) if near is None else rotated
         if keep is not None:
             q, k = q * keep, k * keep
-        k, v, log_decay = (self._repeat_to_state_heads(t) for t in (k, v, log_decay))  # (2) [B, T, N, .]
+        heads = self.num_state_heads
+        k, v, log_decay = (repeat_heads(t, heads) for t in (k, v, log_decay))  # (2) [B, T, N, .]
         q_inputs = k_inputs = None
         if config.use_conv:  # (3)
             q, q_inputs = self.q_conv(q, None if state is None else state.q_inputs)
@@ -298,13 +300,6 @@ class LawcatAttention(nn.Module):
         rotated: tuple[Tensor, Tensor] = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
         return rotated
 
-    def _repeat_to_state_heads(self, t: Tensor) -> Tensor:
-        """[B, T, G, W] -> [B, T, N, W]; query head h reads group ``h // (H / G)``."""
-        repeats = self.num_state_heads // self.num_kv_heads
-        if repeats == 1:
-            return t
-        return t[:, :, :, None].expand(-1, -1, -1, repeats, -1).flatten(2, 3)
-
     def _features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         if self.config.feature_map == "tied":
             return self.feature_map(q), self.feature_map(k)
@@ -318,7 +313,7 @@ class LawcatAttention(nn.Module):
         leaving = self.window.leave(features, state)
         if near.log_decay is None:
             return leaving
-        return leaving * self._repeat_to_state_heads(near.log_decay.exp())
+        return leaving * repeat_heads(near.log_decay.exp(), self.num_state_heads)
 
     def _read_and_update(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, near: Near | None

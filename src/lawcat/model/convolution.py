@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops.convolution import causal_conv1d
+from ..ops.convolution import causal_conv1d_of_heads
 from ..ops.precision import at_least_float32
 
 
@@ -37,5 +37,4 @@ class CausalConvolution(nn.Module):
 
     def forward(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """Convolve x [B, T, heads, D] and return it with the state [B, C, K-1] for the tokens that follow."""
-        y, state = causal_conv1d(x.flatten(2), at_least_float32(self.weight), state)
-        return y.view(x.shape), state
+        return causal_conv1d_of_heads(x, self.weight, state)

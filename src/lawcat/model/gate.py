@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops.decay import log_decay_of
 from ..ops.precision import at_least_float32
 
 # Biases from 0 to 8 over the channels: logsigmoid(0)/16 halves a state in 16 tokens,
@@ -73,4 +74,4 @@ class DecayGate(nn.Module):
 
     def log_decay(self, logits: Tensor) -> Tensor:
         """Return the log-decays of logits, in their shape."""
-        return (F.logsigmoid(logits) / self.divisor).clamp(min=self.min_log_decay)
+        return log_decay_of(logits, self.divisor, self.min_log_decay)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .precision import at_least_float32
+
 
 def causal_conv1d(x: Tensor, weight: Tensor, initial_state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return ``y_t = sum_i weight[:, i] x_{t - K + 1 + i}`` and the inputs that the next call needs.
@@ -53,3 +55,19 @@ def causal_conv1d(x: Tensor, weight: Tensor, initial_state: Tensor | None = None
         y = torch.addcmul(y, extended[:, tap : tap + tokens].to(y.dtype), weight[:, tap].to(y.dtype))
     state = extended[:, tokens:].transpose(1, 2).contiguous()  # [B, C, K-1]
     return y, state
+
+
+def causal_conv1d_of_heads(
+    x: Tensor, weight: Tensor, initial_state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return ``causal_conv1d`` of x [B, T, heads, D] in x's shape, and the state.
+
+    The filters are taken in float32 at least.
+
+    Args:
+        x: [B, T, heads, D].
+        weight: One filter a channel [heads * D, K].
+        initial_state: [B, heads * D, K - 1]; zeros when None.
+    """
+    y, state = causal_conv1d(x.flatten(2), at_least_float32(weight), initial_state)
+    return y.view(x.shape), state

@@ -10,12 +10,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .backend import choose_backend, gated_linear_attention, kernels_or_torch
-from .convolution import causal_conv1d
+from .convolution import causal_conv1d_of_heads
+from .decay import log_decay_of
 from .feature_map import hedgehog_feature_map
-from .precision import at_least_float32, without_autocast
+from .precision import without_autocast
+from .shapes import repeat_heads
 from .triton import support
 
 MixerResult = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -111,17 +112,17 @@ def linear_attention_mixer(
     with without_autocast(q):
         log_decay = gate
         if gate_is_logit:
-            log_decay = (F.logsigmoid(at_least_float32(gate)) / gate_divisor).clamp(min=min_log_decay)
+            log_decay = log_decay_of(gate, gate_divisor, min_log_decay)
         state_heads = map_weight.shape[0]
-        k, v, log_decay = (_repeat_heads(t, state_heads) for t in (k, v, log_decay))
+        k, v, log_decay = (repeat_heads(t, state_heads) for t in (k, v, log_decay))
         keep = None
         if mask is not None:
             keep = mask[:, :, None, None].to(q.dtype)
             q, k, log_decay = q * keep, k * keep, log_decay * keep
         if q_taps is not None:
             assert k_taps is not None
-            q, q_inputs = _convolve(q, q_taps, q_inputs)
-            k, k_inputs = _convolve(k, k_taps, k_inputs)
+            q, q_inputs = causal_conv1d_of_heads(q, q_taps, q_inputs)
+            k, k_inputs = causal_conv1d_of_heads(k, k_taps, k_inputs)
         else:
             q_inputs = k_inputs = None
         q, k = hedgehog_feature_map(q, map_weight), hedgehog_feature_map(k, map_weight)
@@ -268,26 +269,13 @@ def _last_inputs(
     last = x[:, -kept:]
     if mask is not None:
         last = last * mask[:, -kept:, None, None].to(x.dtype)
-    last = _repeat_heads(last, heads).flatten(2).transpose(1, 2)  # [B, C, tokens]
+    last = repeat_heads(last, heads).flatten(2).transpose(1, 2)  # [B, C, tokens]
     missing = kept - last.shape[2]
     if missing:
         shape = (x.shape[0], last.shape[1], missing)
         earlier = x.new_zeros(shape) if before is None else before[:, :, -missing:].to(x.dtype)
         last = torch.cat([earlier, last], dim=2)
     return last.contiguous()
-
-
-def _convolve(x: Tensor, taps: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
-    y, inputs = causal_conv1d(x.flatten(2), at_least_float32(taps), before)
-    return y.view(x.shape), inputs
-
-
-def _repeat_heads(t: Tensor, heads: int) -> Tensor:
-    """[B, T, G, W] -> [B, T, heads, W], each head repeated in place."""
-    repeats = heads // t.shape[2]
-    if repeats == 1:
-        return t
-    return t[:, :, :, None].expand(-1, -1, -1, repeats, -1).flatten(2, 3)
 
 
 def _packed_by_sequence(

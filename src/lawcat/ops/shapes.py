@@ -1,4 +1,4 @@
-"""Checks of the arguments that every form of the operator shares.
+"""What every form of the operator shares: checks of its arguments, and heads that stand for several.
 
 Legend of this package (batch first, one layout everywhere):
     B batch, T tokens, H query heads, N heads of k, v and the state (N divides H), F feature width,
@@ -61,3 +61,11 @@ def check_log_decay(highest: float) -> None:
         raise ValueError(
             f"log_decay holds {highest:.3g}; it is the logarithm of a decay, so it must be at most 0."
         )
+
+
+def repeat_heads(t: Tensor, heads: int) -> Tensor:
+    """Return t [B, T, G, W] as [B, T, heads, W]: head h is that of group ``h // (heads / G)``."""
+    repeats = heads // t.shape[2]
+    if repeats == 1:
+        return t
+    return t[:, :, :, None].expand(-1, -1, -1, repeats, -1).flatten(2, 3)

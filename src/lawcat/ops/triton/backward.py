@@ -30,9 +30,12 @@ from .blocks import (
     load_features,
     load_map_weight,
     load_rows,
+    load_state,
     locate_segment,
+    log2_sigmoid,
     store_features,
     store_rows,
+    store_state,
     without_padding,
 )
 
@@ -94,8 +97,6 @@ def state_gradient_kernel(
     )
     gate_head = n // (N // GATE_HEADS)
     i = tl.arange(0, C)
-    column = tl.arange(0, BV)
-    feature, is_feature = feature_columns(F, FP)
     weight = 0
     if HAS_MAP:
         weight = load_map_weight(map_weight, n, D, F, DP, FP).to(DOT)
@@ -128,13 +129,8 @@ def state_gradient_kernel(
                 tl.store(deltas + (first_row + t0 + i) * H + head, delta, mask=t0 + i < stop)
                 normaliser -= phi * delta[:, None]
     row = (segment + sequence).to(tl.int64) * N + n
-    tl.store(
-        states + row * (F * DV) + column[:, None] * F + feature[None, :],
-        state,
-        mask=(column[:, None] < DV) & is_feature[None, :],
-    )
-    tl.store(normalisers + row * F + feature, tl.sum(normaliser, axis=0), mask=is_feature)
-    tl.store(decays + row * F + feature, decay, mask=is_feature)
+    total = tl.sum(normaliser, axis=0)
+    store_state(states, normalisers, decays, row, 0, state, total, decay, F, DV, FP, BV)
 
 
 @triton.jit
@@ -228,18 +224,11 @@ def query_gradient_kernel(
     k_head = n // (N // K_HEADS)
     v_head = n // (N // V_HEADS)
     gate_head = n // (N // GATE_HEADS)
-    column = tl.arange(0, BV)
-    feature, is_feature = feature_columns(F, FP)
     weight = 0
     if HAS_MAP:
         weight = load_map_weight(map_weight, n, D, F, DP, FP).to(DOT)
     row = (segment + sequence).to(tl.int64) * N + n
-    state = tl.load(
-        states + row * (F * DV) + column[:, None] * F + feature[None, :],
-        mask=(column[:, None] < DV) & is_feature[None, :],
-        other=0.0,
-    )
-    normaliser = tl.load(normalisers + row * F + feature, mask=is_feature, other=0.0)
+    state, normaliser = load_state(states, normalisers, row, 0, F, DV, FP, BV)
     if SUB == C or tl.load(strongest + row) >= -2 * MAX_EXPONENT:
         for t0 in range(start, stop, C):
             state, normaliser = query_gradient_chunk(
@@ -389,20 +378,14 @@ def key_gradient_kernel(
     k_head = n // (N // K_HEADS)
     v_head = n // (N // V_HEADS)
     gate_head = n // (N // GATE_HEADS)
-    column = tl.arange(0, BV)
-    feature, is_feature = feature_columns(F, FP)
     weight = 0
     if HAS_MAP:
         weight = load_map_weight(map_weight, n, D, F, DP, FP).to(DOT)
     row = (segment + sequence).to(tl.int64) * N + n
-    tile = column[:, None] * F + feature[None, :]
-    inside = (column[:, None] < DV) & is_feature[None, :]
-    state = tl.load(state_gradients + row * (F * DV) + tile, mask=inside, other=0.0)
-    normaliser = tl.load(normaliser_gradients + row * F + feature, mask=is_feature, other=0.0)
+    state, normaliser = load_state(state_gradients, normaliser_gradients, row, 0, F, DV, FP, BV)
     # The state at the segment's end is that before the next, in the row after this one.
-    at_end = tl.load(states + (row + N) * (F * DV) + tile, mask=inside, other=0.0)
-    carry = tl.sum(at_end * state, axis=0)
-    carry += normaliser * tl.load(normalisers + (row + N) * F + feature, mask=is_feature, other=0.0)
+    state_at_end, normaliser_at_end = load_state(states, normalisers, row + N, 0, F, DV, FP, BV)
+    carry = tl.sum(state_at_end * state, axis=0) + normaliser * normaliser_at_end
     chunks = tl.cdiv(stop - start, C)
     if SUB == C or tl.load(strongest + row) >= -2 * MAX_EXPONENT:
         for index in range(0, chunks):
@@ -519,9 +502,8 @@ def gate_gradient_kernel(
     place = i[:, None] * (GATE_HEADS * W) + w[None, :]
     if IS_LOGIT:
         x = tl.load(gate + offset + place, mask=inside, other=0.0).to(tl.float32) * LOG2_E
-        e = tl.exp2(-tl.abs(x))
-        soft = tl.where(e < 0.0009765625, e * (1.0 - 0.5 * e) * LOG2_E, tl.log2(1.0 + e))
-        log_decay = (tl.minimum(x, 0.0) - soft) / divisor
+        log_decay, e = log2_sigmoid(x)
+        log_decay = log_decay / divisor
         # The derivative of logsigmoid is sigmoid(-x).
         slope = tl.where(x > 0, e / (1.0 + e), 1.0 / (1.0 + e)) / divisor
         total = tl.where(log_decay >= lowest * LOG2_E, total * slope, 0.0)

@@ -275,3 +275,62 @@ def load_decay_sum(
         feature = feature * 0
     base = sums + (first_row + t) * (GATE_HEADS * GATE_WIDTH) + gate_head * GATE_WIDTH
     return tl.load(base + feature, mask=is_feature, other=0.0)
+
+
+@triton.jit
+def load_values(
+    v, first_row, t0, stop, head, block,
+    HEADS: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Return a block of columns of v[t0 : t0 + C, head] as a tile [C, BV], zero from ``stop`` on."""
+    i = tl.arange(0, C)
+    column = block * BV + tl.arange(0, BV)
+    base = v + (first_row + t0) * (HEADS * DV) + head * DV
+    return tl.load(
+        base + i[:, None] * (HEADS * DV) + column[None, :],
+        mask=(t0 + i < stop)[:, None] & (column[None, :] < DV),
+        other=0.0,
+    )
+
+
+@triton.jit
+def load_state(
+    states, normalisers, row, block,
+    F: tl.constexpr, DV: tl.constexpr, FP: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Return a block of a state [BV, FP] and its normaliser [FP]."""
+    column = block * BV + tl.arange(0, BV)
+    feature, is_feature = feature_columns(F, FP)
+    state = tl.load(
+        states + row * (F * DV) + column[:, None] * F + feature[None, :],
+        mask=(column[:, None] < DV) & is_feature[None, :],
+        other=0.0,
+    )
+    return state, tl.load(normalisers + row * F + feature, mask=is_feature, other=0.0)
+
+
+@triton.jit
+def store_state(
+    states, normalisers, decays, row, block, state, normaliser, decay,
+    F: tl.constexpr, DV: tl.constexpr, FP: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Write a block of a state [BV, FP]; the first block writes normaliser and decay [FP] too."""
+    column = block * BV + tl.arange(0, BV)
+    feature, is_feature = feature_columns(F, FP)
+    tl.store(
+        states + row * (F * DV) + column[:, None] * F + feature[None, :],
+        state,
+        mask=(column[:, None] < DV) & is_feature[None, :],
+    )
+    if block == 0:
+        tl.store(normalisers + row * F + feature, normaliser, mask=is_feature)
+        tl.store(decays + row * F + feature, decay, mask=is_feature)
+
+
+@triton.jit
+def log2_sigmoid(x):
+    """Return log2(sigmoid) of logits that are given times log2(e), and ``e = 2^-|x|``."""
+    e = tl.exp2(-tl.abs(x))
+    # log2(1 + e) in float32 has no digits left for the slow channels, where e is small.
+    soft = tl.where(e < 0.0009765625, e * (1.0 - 0.5 * e) * LOG2_E, tl.log2(1.0 + e))
+    return tl.minimum(x, 0.0) - soft, e

@@ -103,8 +103,9 @@ def choose_configuration(
     """
     wide = max(padded_width(feature_dim), padded_width(value_dim))
     is_float32 = dtype == torch.float32
+    is_prepared = wide <= 128 and not is_float32
     # Chunks of 64 are what Hopper's matrix unit takes, with 4 warps; wider tiles do not fit into registers.
-    chunk = 64 if wide <= 64 else 32
+    chunk = 64 if wide <= 64 or is_prepared else 32
     warps = 4 if wide <= 64 else 8
     value_block = min(padded_width(value_dim), 64 if wide >= 256 or is_float32 else 128)
     # Enough programs to fill the device four times over, and segments long enough that their states are
@@ -117,10 +118,13 @@ def choose_configuration(
         sub_block=sub_block_tokens(min_log_decay, chunk),
         value_block=value_block,
         segment=segment,
-        state=Tuning(warps),
-        output=Tuning(warps),
+        state=Tuning(4 if is_prepared else warps),
+        output=Tuning(4, 2) if is_prepared else Tuning(warps),
         gradient_chunk=32,
-        gradient=Tuning(warps),
+        gradient=Tuning(4, 2) if wide <= 64 else Tuning(8),
+        is_prepared=is_prepared,
+        prepare=Tuning(4, 1, 128) if wide <= 64 else Tuning(8),
+        prepare_heads=4,
     )
 
 

@@ -21,13 +21,16 @@ import triton.language as tl
 from .blocks import (
     LOG2_E,
     MAX_EXPONENT,
-    feature_columns,
     features,
     load_decay_sum,
     load_decay_sums,
     load_map_weight,
+    load_state,
+    load_values,
     locate_segment,
+    log2_sigmoid,
     stay_in_layout,
+    store_state,
     without_padding,
 )
 
@@ -48,10 +51,8 @@ def log2_decay(
     x = tl.load(base + offset, mask=real[:, None] & is_column[None, :], other=0.0)
     x = x.to(tl.float32) * LOG2_E
     if IS_LOGIT:
-        e = tl.exp2(-tl.abs(x))
-        # log2(1 + e) in float32 has no digits left for the slow channels, where e is small.
-        soft = tl.where(e < 0.0009765625, e * (1.0 - 0.5 * e) * LOG2_E, tl.log2(1.0 + e))
-        x = (tl.minimum(x, 0.0) - soft) * (1.0 / divisor)
+        x, _ = log2_sigmoid(x)
+        x *= 1.0 / divisor
     x = tl.maximum(x, lowest * LOG2_E)
     if MASKED:
         real = real & (tl.load(keep + first_row + t0 + i, mask=real, other=0) != 0)
@@ -105,9 +106,6 @@ def state_kernel(
     k_head = n // (N // K_HEADS)
     v_head = n // (N // V_HEADS)
     gate_head = n // (N // GATE_HEADS)
-    i = tl.arange(0, C)
-    column = block * BV + tl.arange(0, BV)
-    feature, is_feature = feature_columns(F, FP)
     weight = 0
     if HAS_MAP:
         weight = load_map_weight(map_weight, n, D, F, DP, FP).to(DOT)
@@ -126,12 +124,7 @@ def state_kernel(
         b = load_decay_sums(sums, first_row, t0, stop, gate_head, GATE_HEADS, GATE_WIDTH, F, FP, C)
         last = tl.minimum(t0 + C, stop) - 1
         total = load_decay_sum(sums, first_row, last, gate_head, GATE_HEADS, GATE_WIDTH, F, FP)
-        v_rows = (first_row + t0) * (V_HEADS * DV) + v_head * DV
-        values = tl.load(
-            v + v_rows + i[:, None] * (V_HEADS * DV) + column[None, :],
-            mask=(t0 + i < stop)[:, None] & (column[None, :] < DV),
-            other=0.0,
-        )
+        values = load_values(v, first_row, t0, stop, v_head, block, V_HEADS, DV, BV, C)
         phi = phi * tl.exp2(total[None, :] - b)
         through = tl.exp2(total)
         state = tl.dot(
@@ -143,14 +136,9 @@ def state_kernel(
 
     # A sequence has a row more than segments: the state after the last.
     row = (segment + sequence).to(tl.int64) * N + n
-    tl.store(
-        states + row * (F * DV) + column[:, None] * F + feature[None, :],
-        state,
-        mask=(column[:, None] < DV) & is_feature[None, :],
-    )
+    total = tl.sum(normaliser, axis=0)
+    store_state(states, normalisers, decays, row, block, state, total, decay, F, DV, FP, BV)
     if block == 0:
-        tl.store(normalisers + row * F + feature, tl.sum(normaliser, axis=0), mask=is_feature)
-        tl.store(decays + row * F + feature, decay, mask=is_feature)
         tl.store(strongest + row, tl.min(strongest_decay, axis=0))
 
 
@@ -262,10 +250,7 @@ def write_output(
     inside = (t0 + i < stop)[:, None] & (column[None, :] < DV)
     weights = tl.where(i[:, None] >= i[None, :], weights, 0.0)
     read = tl.dot(q_start, tl.trans(state.to(DOT)), input_precision=PRECISION)
-    v_rows = (first_row + t0) * (V_HEADS * DV) + v_head * DV
-    values = tl.load(v + v_rows + i[:, None] * (V_HEADS * DV) + column[None, :], mask=inside, other=0.0).to(
-        DOT
-    )
+    values = load_values(v, first_row, t0, stop, v_head, block, V_HEADS, DV, BV, C).to(DOT)
     read = tl.dot(weights.to(DOT), values, read, input_precision=PRECISION)
     if NORMALIZE:
         sums_of_weights += tl.sum(weights, axis=1)
@@ -352,22 +337,6 @@ def output_segment(
             H, K_HEADS, V_HEADS, N, D, F, DV, DP, FP, BV, C, SUB, TAPS,
             HAS_BEFORE, HAS_MAP, MASKED, NORMALIZE, SAVE_SUMS, DOT, PRECISION, INTERPRETED,
         )  # fmt: skip
-
-
-@triton.jit
-def load_state(
-    states, normalisers, row, block,
-    F: tl.constexpr, DV: tl.constexpr, FP: tl.constexpr, BV: tl.constexpr,
-):  # fmt: skip
-    """Return a block of a state [BV, FP] and its normaliser [FP]."""
-    column = block * BV + tl.arange(0, BV)
-    feature, is_feature = feature_columns(F, FP)
-    state = tl.load(
-        states + row * (F * DV) + column[:, None] * F + feature[None, :],
-        mask=(column[:, None] < DV) & is_feature[None, :],
-        other=0.0,
-    )
-    return state, tl.load(normalisers + row * F + feature, mask=is_feature, other=0.0)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)

@@ -47,8 +47,10 @@ class MixerFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None, grad_final: Tensor | None) -> tuple[Any, ...]:
         """Return the gradients of ``forward``'s arguments."""
         count = len(_DIFFERENTIABLE) + len(_CONSTANT)
-        tensors = ctx.saved_tensors[:count]
-        output, states, normalisers, strongest, weight_sums = ctx.saved_tensors[count:]
+        # Asked for once: checkpointed ones may not be unpacked a second time.
+        saved_tensors = ctx.saved_tensors
+        tensors = saved_tensors[:count]
+        output, states, normalisers, strongest, weight_sums = saved_tensors[count:]
         plan = _plan(tensors, *ctx.constants)
         if grad_output is None:
             grad_output = torch.zeros_like(output)

@@ -29,10 +29,13 @@ from .blocks import (
     feature_columns,
     features,
     load_map_weight,
+    load_state,
+    load_values,
     locate_segment,
+    store_state,
     without_padding,
 )
-from .forward import load_state, log2_decay, output_chunk, write_output
+from .forward import log2_decay, output_chunk, write_output
 
 _UNSPECIALIZED = ["tokens", "num_segments", "segment_tokens", "num_chunks"]
 
@@ -146,10 +149,7 @@ def prepared_state_kernel(
     )
     v_head = n // (N // V_HEADS)
     gate_head = n // (N // GATE_HEADS)
-    i = tl.arange(0, C)
-    value_column = block * BV + tl.arange(0, BV)
     column = tl.arange(0, FP)
-    feature, is_feature = feature_columns(F, FP)
     state = tl.zeros([BV, FP], tl.float32)
     normaliser = tl.zeros([FP], tl.float32)
     decay = tl.zeros([FP], tl.float32)
@@ -158,12 +158,7 @@ def prepared_state_kernel(
         t0 = start + index * C
         chunk = segment * num_chunks + index
         keys = load_tile(k_features, chunk * N + n, C, FP)
-        v_rows = (first_row + t0) * (V_HEADS * DV) + v_head * DV
-        values = tl.load(
-            v + v_rows + i[:, None] * (V_HEADS * DV) + value_column[None, :],
-            mask=(t0 + i < stop)[:, None] & (value_column[None, :] < DV),
-            other=0.0,
-        ).to(DOT)
+        values = load_values(v, first_row, t0, stop, v_head, block, V_HEADS, DV, BV, C).to(DOT)
         place = exponents + (chunk * GATE_HEADS + gate_head).to(tl.int64) * (2 * FP) + column
         before, after = tl.load(place), tl.load(place + FP)
         added = tl.load(k_sums + (chunk * N + n).to(tl.int64) * FP + column)
@@ -180,14 +175,8 @@ def prepared_state_kernel(
         strongest_decay = tl.minimum(strongest_decay, before + after)
 
     row = (segment + sequence).to(tl.int64) * N + n
-    tl.store(
-        states + row * (F * DV) + value_column[:, None] * F + feature[None, :],
-        state,
-        mask=(value_column[:, None] < DV) & is_feature[None, :],
-    )
+    store_state(states, normalisers, decays, row, block, state, normaliser, decay, F, DV, FP, BV)
     if block == 0:
-        tl.store(normalisers + row * F + feature, normaliser, mask=is_feature)
-        tl.store(decays + row * F + feature, decay, mask=is_feature)
         tl.store(strongest + row, tl.min(strongest_decay, axis=0))
 
 
