@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -16,6 +17,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from lawcat.convert.initialize import is_new_parameter
 
 NUM_WORDS = 64
 
@@ -104,3 +107,13 @@ def write_text(path: Path, num_words: int = 2000) -> Path:
 def random_ids(batch: int = 2, tokens: int = 24, *, seed: int = 0) -> torch.Tensor:
     """Return token ids [B, T]."""
     return torch.randint(0, NUM_WORDS, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def moved_new_parameters(student: PreTrainedModel, scale: float) -> dict[str, Tensor]:
+    """Return a student's new parameters by name, each moved at random, as training would."""
+    torch.manual_seed(1)
+    return {
+        name: parameter.detach() + scale * torch.randn_like(parameter)
+        for name, parameter in student.named_parameters()
+        if is_new_parameter(name)
+    }

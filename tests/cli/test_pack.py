@@ -13,9 +13,9 @@ from typer.testing import CliRunner, Result
 from lawcat.cli.app import app
 from lawcat.convert import shipped
 from lawcat.convert.adapter import Adapter
-from lawcat.convert.initialize import convert, is_new_parameter
+from lawcat.convert.initialize import convert
 from lawcat.convert.teacher import resolve_teacher
-from tiny_teachers import save_teacher, spelling_tokenizer, tiny_teacher
+from tiny_teachers import moved_new_parameters, save_teacher, spelling_tokenizer, tiny_teacher
 
 
 def run(*arguments: object) -> Result:
@@ -44,12 +44,7 @@ def _renamed(function: str, folder: Path) -> Any:
 @pytest.fixture
 def source(tmp_path: Path, base: Path) -> Path:
     student, _ = convert(tiny_teacher(vocab_size=len(spelling_tokenizer())))
-    torch.manual_seed(1)
-    tensors = {
-        name: parameter.detach() + 0.1 * torch.randn_like(parameter)
-        for name, parameter in student.named_parameters()
-        if is_new_parameter(name)
-    }
+    tensors = moved_new_parameters(student, 0.1)
     tensors["model.layers.1.self_attn.o_proj.lora_A.weight"] = torch.randn(3, 32) / 8
     tensors["model.layers.1.self_attn.o_proj.lora_B.weight"] = torch.randn(32, 3) / 8
     adapter = Adapter(str(base), resolve_teacher(base).fingerprint, {}, (), tensors, 1.0)

@@ -18,14 +18,14 @@ from lawcat import load_model
 from lawcat.cli.info import describe, describe_shipped, run_info
 from lawcat.convert import embedded, shipped
 from lawcat.convert.adapter import Adapter
-from lawcat.convert.initialize import convert, is_new_parameter
+from lawcat.convert.initialize import convert
 from lawcat.convert.load import check_model, load_model_tokenizer
 from lawcat.convert.pack import _without_folders, compare_adapters, pack_adapter
 from lawcat.convert.shipped import adapter_folder, shipped_adapters
 from lawcat.convert.teacher import EMBEDDED_TEACHER, TeacherSource, load_teacher_config, resolve_teacher
 from lawcat.errors import CheckpointError, ConfigurationError, LawcatError, TeacherError
 from lawcat.files import verify_manifest
-from tiny_teachers import random_ids, save_teacher, tiny_teacher
+from tiny_teachers import moved_new_parameters, random_ids, save_teacher, tiny_teacher
 
 IDS = random_ids()
 NAME = "tiny-longcontext"
@@ -46,12 +46,7 @@ def base(tmp_path: Path) -> Path:
 def adapter(base: Path) -> Adapter:
     """An adapter whose new parameters and one projection moved, of a recipe with paths in it."""
     student, _ = convert(tiny_teacher(), **OPERATOR)
-    torch.manual_seed(1)
-    tensors = {
-        name: parameter.detach() + 0.2 * torch.randn_like(parameter)
-        for name, parameter in student.named_parameters()
-        if is_new_parameter(name)
-    }
+    tensors = moved_new_parameters(student, 0.2)
     tensors["model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.randn(2, 32) / 4
     tensors["model.layers.0.self_attn.q_proj.lora_B.weight"] = torch.randn(32, 2) / 4
     recipe = {

@@ -28,10 +28,10 @@ class Vowels(Task):
     name = "vowels"
     metrics = ("share", "starts")
 
-    def generate(self, tokenizer, length, index, seed, *, split="evaluation", **options):
+    def make(self, request):
+        index = request.index
         prompt = " ".join(["grass", "sky", "sun", "pass key"][: 1 + index % 4]) + " is" * (index + 1)
-        tokens = len(tokenizer(prompt).input_ids)
-        return Sample(self.name, length, index, seed, prompt, ("a",), 12, tokens, metadata={"index": index})
+        return request.sample(prompt, ("a",), 12, metadata={"index": index})
 
     def score(self, sample, answer_text):
         letters = [letter for letter in answer_text if letter.isalpha()]

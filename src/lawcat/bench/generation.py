@@ -13,8 +13,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from lawcat.bench.limits import Limits, check_arguments
 from lawcat.bench.models import Pair, Subject
 from lawcat.bench.operators import Progress, fallback, relative_error
-from lawcat.bench.record import Record
-from lawcat.bench.timing import Failure, Timing, failure_reason, free_memory, time_by_turns
+from lawcat.bench.record import Record, records_of
+from lawcat.bench.timing import failure_reason, time_by_turns
+from lawcat.memory import free_memory
 from lawcat.ops import use_backend
 
 # mypy is told to leave transformers out.
@@ -125,7 +126,7 @@ def measure(
     subjects = pair.subjects(backends)
     checks = {subject.name: _check(subject, device, seed) for subject in subjects}
     total, done = len(measurements) * len(lengths), 0
-    records = []
+    records: list[Record] = []
     for measurement in measurements:
         limits = Limits(seconds)
         for tokens in sorted(lengths):
@@ -143,29 +144,23 @@ def measure(
                         )
                     except Exception as error:
                         reasons[subject.name] = failure_reason(error)
-                        free_memory(device)
+                        free_memory()
             timings = time_by_turns(runs, device, seconds=seconds, cuda_graphs=cuda_graphs)
             runs.clear()
             contexts.clear()
-            free_memory(device)
-            for subject in subjects:
-                timing = timings.get(subject.name) or Failure(reasons[subject.name] or "not run")
-                if isinstance(timing, Timing):
-                    limits.saw(subject.name, tokens, timing.median_s)
-                records.append(
-                    Record.of(
-                        timing,
-                        measurement=f"model {measurement}",
-                        shape=pair.name,
-                        contender=subject.name,
-                        is_ours=subject.is_ours,
-                        tokens=tokens,
-                        batch=size,
-                        num_tokens_done=size * (1 if measurement == "decode" else tokens),
-                        error=checks[subject.name][0],
-                        backend=subject.backend,
-                    )
-                )
+            free_memory()
+            records += records_of(
+                subjects,
+                timings,
+                reasons,
+                {name: error for name, (error, _) in checks.items()},
+                limits,
+                tokens=tokens,
+                num_tokens_done=size * (1 if measurement == "decode" else tokens),
+                measurement=f"model {measurement}",
+                shape=pair.name,
+                batch=size,
+            )
             done += 1
             if progress is not None:
                 progress(f"model, {pair.name}", done, total)
@@ -270,7 +265,7 @@ def _check(subject: Subject, device: torch.device, seed: int) -> tuple[float | N
             with subject.running(), use_backend("reference"):
                 expected = subject.model(tokens, use_cache=False, logits_to_keep=1).logits
     except Exception as error:
-        free_memory(device)
+        free_memory()
         return None, failure_reason(error)
     if subject.is_ours and (text := fallback(caught)):
         return None, text

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from lawcat.bench.limits import Limits, check_arguments
 from lawcat.bench.mixers import REFERENCES, Mixer, MixerInputs, mixer_inputs, mixers, random_context
-from lawcat.bench.record import Record
+from lawcat.bench.record import Record, records_of
 from lawcat.bench.shapes import MixerShape
-from lawcat.bench.timing import Failure, Timing, failure_reason, free_memory, time_by_turns
+from lawcat.bench.timing import failure_reason, time_by_turns
+from lawcat.memory import free_memory
 
 Measurement = Literal["forward", "forward and backward", "decode"]
 MEASUREMENTS: tuple[Measurement, ...] = ("forward", "forward and backward", "decode")
@@ -148,7 +149,7 @@ def _check(
                 actual = {"output": without_gradient(mixer.decode(inputs, context))()}
         expected = _results(lambda exact: reference(exact, exact_context), exact, with_gradient)
     except Exception as error:
-        free_memory(device)
+        free_memory()
         return _Candidate(mixer, None, failure_reason(error))
     if mixer.is_ours and (text := fallback(caught)):
         return _Candidate(mixer, None, text)
@@ -243,28 +244,19 @@ def _one_length(
             reasons[mixer.name] = failure_reason(error)
     timings = time_by_turns(runs, device, seconds=seconds, cuda_graphs=cuda_graphs)
     runs.clear()
-    free_memory(device)
-    records = []
-    for candidate in candidates:
-        mixer = candidate.mixer
-        timing = timings.get(mixer.name) or Failure(reasons[mixer.name] or "not run")
-        if isinstance(timing, Timing):
-            limits.saw(mixer.name, tokens, timing.median_s)
-        records.append(
-            Record.of(
-                timing,
-                measurement=f"operator {measurement}",
-                shape=shape.name,
-                contender=mixer.name,
-                is_ours=mixer.is_ours,
-                tokens=tokens,
-                batch=batch,
-                num_tokens_done=batch * (1 if is_decode else tokens),
-                error=candidate.error,
-                backend=mixer.backend,
-            )
-        )
-    return records
+    free_memory()
+    return records_of(
+        [candidate.mixer for candidate in candidates],
+        timings,
+        reasons,
+        {candidate.mixer.name: candidate.error for candidate in candidates},
+        limits,
+        tokens=tokens,
+        num_tokens_done=batch * (1 if is_decode else tokens),
+        measurement=f"operator {measurement}",
+        shape=shape.name,
+        batch=batch,
+    )
 
 
 def _bound(function: Callable[[MixerInputs], Tensor], inputs: MixerInputs) -> Callable[[], Tensor]:

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
+from lawcat.bench.limits import Limits
 from lawcat.bench.timing import Failure, Timing
+
+
+class Contender(Protocol):
+    """Who is measured: a form of the operator, or a model."""
+
+    @property
+    def name(self) -> str:
+        """What results call it."""
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is lawcat."""
+
+    @property
+    def backend(self) -> str | None:
+        """Which implementation of ours runs, None for others."""
 
 
 @dataclass(frozen=True)
@@ -74,3 +92,46 @@ class Record:
             uses_cuda_graph=timing.uses_cuda_graph,
             **fields,
         )
+
+
+def records_of(
+    contenders: Iterable[Contender],
+    timings: Mapping[str, Timing | Failure],
+    reasons: Mapping[str, str | None],
+    errors: Mapping[str, float | None],
+    limits: Limits,
+    *,
+    tokens: int,
+    num_tokens_done: int,
+    **fields: Any,
+) -> list[Record]:
+    """Return the records of all contenders at one length, and let the limits know what they took.
+
+    Args:
+        contenders: In the order of the records.
+        timings: By name, of those that were run.
+        reasons: By name, why one was not run.
+        errors: By name, the relative error by which one was admitted.
+        limits: Of this measurement.
+        tokens: Tokens of a sequence.
+        num_tokens_done: Tokens that one repetition reads or makes, over the batch.
+        fields: The records' other fields.
+    """
+    records = []
+    for contender in contenders:
+        timing = timings.get(contender.name) or Failure(reasons[contender.name] or "not run")
+        if isinstance(timing, Timing):
+            limits.saw(contender.name, tokens, timing.median_s)
+        records.append(
+            Record.of(
+                timing,
+                contender=contender.name,
+                is_ours=contender.is_ours,
+                backend=contender.backend,
+                error=errors[contender.name],
+                tokens=tokens,
+                num_tokens_done=num_tokens_done,
+                **fields,
+            )
+        )
+    return records

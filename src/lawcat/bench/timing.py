@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from lawcat.inference.decode_graph import CudaGraph
+from lawcat.memory import free_memory
 
 MAX_REPETITIONS = 50
 # Below that a median says little, so they are done even where they take longer than the time given, unless
@@ -148,7 +149,7 @@ def time_by_turns(
             warm_s = runner.prepare(cuda_graphs)
         except Exception as error:
             found[name] = Failure(failure_reason(error))
-            free_memory(device)
+            free_memory()
             continue
         runners[name] = runner
         repetitions[name] = num_repetitions(warm_s, seconds)
@@ -166,7 +167,7 @@ def time_by_turns(
             except Exception as error:
                 found[name] = Failure(failure_reason(error))
                 del runners[name]
-                free_memory(device)
+                free_memory()
     for name, runner in runners.items():
         found[name] = Timing(
             tuple(runner.seconds), runner.first_call_s, runner.peak_memory_bytes, runner.graph is not None
@@ -205,13 +206,6 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done all it was asked to."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-
-
-def free_memory(device: torch.device) -> None:
-    """Give back what nothing refers to any more."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def failure_reason(error: BaseException) -> str:

@@ -11,11 +11,12 @@ from lawcat.bench.limits import timed_backends
 from lawcat.bench.models import Pair
 from lawcat.bench.operators import Progress
 from lawcat.bench.record import Record
-from lawcat.bench.timing import Failure, failure_reason, free_memory, time_by_turns
+from lawcat.bench.timing import Failure, failure_reason, time_by_turns
 from lawcat.distill.recipe import AttentionTransferSettings, RecoverySettings
 from lawcat.distill.recovery import RecoveryModel
 from lawcat.distill.sequence import Batch
 from lawcat.distill.trainer import AttentionTransferStage, RecoveryStage, Stage, Workers
+from lawcat.memory import free_memory
 from lawcat.ops import use_backend
 
 
@@ -61,7 +62,7 @@ def measure(
         except Exception as error:
             reason = failure_reason(error)
         timings = time_by_turns(runs, device, seconds=seconds)
-        free_memory(device)
+        free_memory()
         for name in names:
             records.append(
                 Record.of(

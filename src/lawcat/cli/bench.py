@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -14,12 +13,13 @@ from lawcat.bench.models import Pair, load_pair, random_pair
 from lawcat.bench.record import Record
 from lawcat.bench.report import FORMATS, Results, markdown, write_report, write_results
 from lawcat.bench.shapes import teacher_config
-from lawcat.bench.timing import free_memory
+from lawcat.cli.command_line import command_line
 from lawcat.cli.display import Display
 from lawcat.cli.evaluate import parse_dtype
 from lawcat.convert.load import check_device
 from lawcat.errors import ConfigurationError, did_you_mean
 from lawcat.evaluation.lengths import parse_lengths
+from lawcat.memory import free_memory
 from lawcat.ops import backend_names, explain
 
 PARTS = ("operators", "generation", "training")
@@ -93,13 +93,13 @@ def run_bench(
                     )
                 number_format = number_format or parameter.dtype
                 del pair, parameter
-                free_memory(place)
+                free_memory()
         finally:  # also what was found before Ctrl-C
             results = Results(
                 environment(place, number_format or torch.float32),
                 explain().splitlines(),
                 records,
-                "lawcat " + " ".join(sys.argv[1:]),
+                command_line(),
             )
             if records and output is not None:
                 write_results(output, results)

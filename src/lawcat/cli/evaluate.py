@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import functools
-import gc
 import os
-import shlex
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +15,7 @@ from typing import Any
 import torch
 import yaml
 
+from lawcat.cli.command_line import command_line
 from lawcat.cli.display import Display
 from lawcat.convert.families import family_of
 from lawcat.convert.initialize import sliding_window_teacher
@@ -31,6 +29,7 @@ from lawcat.evaluation.measure import check_tasks, measure
 from lawcat.evaluation.records import read_records
 from lawcat.evaluation.report import markdown_report, read_results, write_report, write_results
 from lawcat.evaluation.samples import SampleCache
+from lawcat.memory import free_memory
 
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -148,16 +147,16 @@ def run_evaluate(call: EvaluationCall) -> None:
                         options=options,
                         records=call.records,
                         sample_cache=samples,
-                        command=shlex.join(["lawcat", *sys.argv[1:]]),
+                        command=command_line(),
                         progress=clock.update,
                     )
                     if crashed := sum(cell["errors"] for cell in payload["results"]):
                         display.message(f"{name}: {crashed} samples crashed; they are in no score")
                     payloads.append(payload)
                     del measured
-                    gc.collect()
+                    free_memory()
                 del loaded, make
-                gc.collect()
+                free_memory()
         except Exception:
             if payloads and call.report is not None:
                 page = write_report(call.report, payloads)

@@ -11,7 +11,7 @@ from lawcat.evaluation.lengths import parse_lengths
 
 def run_lm_eval(arguments: list[str]) -> None:
     """See the command's help."""
-    from lawcat.evaluation import lm_eval  # noqa: F401, I001  registers the model, or says what is missing
+    import lawcat.evaluation.lm_eval  # noqa: F401, I001  registers the model, or says what is missing
     from lm_eval.__main__ import cli_evaluate
 
     sys.argv = ["lm_eval", *arguments]

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from lawcat.convert.cache_dir import cache_dir, cache_lock
 from lawcat.convert.load import load_model
@@ -21,6 +18,7 @@ from lawcat.errors import DataError
 from lawcat.evaluation.measure import PERPLEXITY, measure
 from lawcat.evaluation.report import markdown_report, read_results, write_results
 from lawcat.files import write_atomic, write_manifest
+from lawcat.memory import free_memory
 
 EVALUATION_FOLDER = "evaluation"
 _SAMPLES_NAME = "samples.jsonl"
@@ -127,13 +125,6 @@ def _as_json(settings: EvaluationSettings) -> dict[str, Any]:
         "samples": settings.samples,
         "perplexity_tokens": settings.perplexity_tokens,
     }
-
-
-def free_memory() -> None:
-    """Give back what a model took that is no more in use, so that the next one fits."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _measure(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lawcat.convert.teacher import resolve_teacher
-from lawcat.distill.assessment import EVALUATION_FOLDER, assess, free_memory, measured, stored_results
+from lawcat.distill.assessment import EVALUATION_FOLDER, assess, measured, stored_results
 from lawcat.distill.linearize import RUN_NAME, check_config, linearize
 from lawcat.distill.recipe import Matrix, Recipe, Variant, dotted_keys
 from lawcat.distill.text import Progress
@@ -26,6 +26,7 @@ from lawcat.errors import BusyError, ConfigurationError, LawcatError
 from lawcat.evaluation.lengths import format_length
 from lawcat.evaluation.report import write_report
 from lawcat.files import write_atomic
+from lawcat.memory import free_memory
 
 MATRIX_NAME = "matrix.json"
 TABLE_NAME = "matrix.md"

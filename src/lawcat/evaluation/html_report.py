@@ -114,6 +114,7 @@ def html_report(results: Sequence[Results]) -> str:
     payloads = payloads_of(results)
     script = _file("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
+    comparisons = compare_models(payloads)
     failures: dict[str, list[_Failures]] = {}
     for one in _failures(payloads):
         failures.setdefault(one.task, []).append(one)
@@ -125,8 +126,8 @@ def html_report(results: Sequence[Results]) -> str:
         payloads=payloads,
         summary=_summary(payloads),
         notes=[*comparison_notes(payloads), *(note for one in payloads for note in report_notes(one))],
-        tasks=[_task(payloads, name) for name in task_names(payloads)],
-        comparisons=_comparison_tables(compare_models(payloads)),
+        tasks=[_task(payloads, name, comparisons) for name in task_names(payloads)],
+        comparisons=_comparison_tables(comparisons),
         how_compared=HOW_COMPARED,
         perplexity=_perplexity(payloads),
         costs=[chart for chart in (seconds_chart(payloads), state_chart(payloads)) if chart.lines],
@@ -157,7 +158,7 @@ def _comparison_tables(comparisons: Sequence[Comparison]) -> list[dict[str, Any]
     ]
 
 
-def _task(payloads: Sequence[Payload], name: str) -> _Task:
+def _task(payloads: Sequence[Payload], name: str, comparisons: Sequence[Comparison]) -> _Task:
     lengths = task_lengths(payloads, name)
     cells = {str(payload["model"]): cells_by_length(payload, name) for payload in payloads}
     found = [cell for by_length in cells.values() for cell in by_length.values()]
@@ -177,7 +178,7 @@ def _task(payloads: Sequence[Payload], name: str) -> _Task:
         lengths=lengths,
         chart=chart if any(line.kind == "measured" for line in chart.lines) else None,
         rows=[(model, [by_length.get(length) for length in lengths]) for model, by_length in cells.items()],
-        comparisons=[one for one in compare_models(payloads) if one.task == name],
+        comparisons=[one for one in comparisons if one.task == name],
         heatmaps=heatmaps,
         rules=rule_accuracies(payloads, name),
         published=published,

@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 DEFAULT_MAX_LENGTH = 131_072
 """Tokens that a prompt may have where `max_length` is not given; lm-eval needs a number."""
 
-_DTYPES = {"auto": None, "float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 _NAME = re.compile(r"[a-z0-9_]+")
 
 
@@ -130,8 +131,7 @@ def _parse_dtype(name: str) -> Any:
 
     if name not in _DTYPES:
         raise ConfigurationError(f"dtype is {name!r}; it must be one of {', '.join(_DTYPES)}.")
-    chosen = _DTYPES[name]
-    return None if chosen is None else getattr(torch, chosen)
+    return None if name == "auto" else getattr(torch, name)
 
 
 def write_tasks(
@@ -193,36 +193,14 @@ def write_tasks(
 
 def process_results(document: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Return the metrics of one answer; lm-eval calls this for every document that `write_tasks` wrote."""
-    answers = tuple(document["answers"])
-    sample = Sample(
-        document["task"],
-        document["length"],
-        document["index"],
-        document["seed"],
-        document["prompt"],
-        answers,
-        document["max_new_tokens"],
-        document["num_tokens"],
-        document["depth"],
-        json.loads(document["metadata"]),
-    )
+    texts = {"answers": tuple(document["answers"]), "metadata": json.loads(document["metadata"])}
+    sample = Sample(**{one.name: document[one.name] for one in fields(Sample)} | texts)
     return get_task(sample.task).score(sample, results[0])
 
 
 def _document(sample: Sample) -> dict[str, Any]:
-    return {
-        "task": sample.task,
-        "length": sample.length,
-        "index": sample.index,
-        "seed": sample.seed,
-        "prompt": sample.prompt,
-        "answers": list(sample.answers),
-        "max_new_tokens": sample.max_new_tokens,
-        "num_tokens": sample.num_tokens,
-        "depth": sample.depth,
-        # As text: the table that lm-eval reads the file into wants the same fields in every line.
-        "metadata": json.dumps(dict(sample.metadata)),
-    }
+    # Metadata as text: the table that lm-eval reads the file into wants the same fields in every line.
+    return asdict(sample) | {"metadata": json.dumps(dict(sample.metadata))}
 
 
 class _Function(str):

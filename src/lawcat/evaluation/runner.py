@@ -22,6 +22,7 @@ from lawcat.evaluation.memory import MemoryPlan, peak_bytes, plan_memory, reset_
 from lawcat.evaluation.records import SampleRecord, append_record, open_records, prompt_edges, read_records
 from lawcat.evaluation.samples import PreparedSample, SampleCache, made_ahead, tokenize
 from lawcat.evaluation.scoring import wilson_interval
+from lawcat.memory import free_memory
 from lawcat.model.configuration_lawcat import LINEAR
 from lawcat.tasks import Sample, Task, TextSource, get_task, resolve_source
 from lawcat.versions import versions
@@ -314,7 +315,8 @@ def evaluate(
         )
     _check_counts(samples=samples, batch_tokens=batch_tokens, prefill_chunk_tokens=prefill_chunk_tokens)
     chosen = [get_task(task) if isinstance(task, str) else task for task in tasks]
-    identity = [model_fingerprint(model), tokenizer_fingerprint(tokenizer)]
+    result = empty_result(model, name=name, seed=seed, kind=kind)
+    identity = [result.model_fingerprint, tokenizer_fingerprint(tokenizer)]
     outside = {
         "haystack": None if haystack is None else resolve_source(haystack),
         "noise": None if noise is None else resolve_source(noise),
@@ -336,7 +338,7 @@ def evaluate(
     run = _Run(
         model=model,
         tokenizer=tokenizer,
-        name=name or _name_of(model),
+        name=result.model,
         plan=plan_memory(
             model, batch_tokens=batch_tokens, prefill_chunk_tokens=prefill_chunk_tokens, probe=is_to_run
         ),
@@ -356,7 +358,6 @@ def evaluate(
                     if stream is not None:
                         append_record(stream, record)
                 clock.tick(cells[number], len(records))
-    result = empty_result(model, name=name, seed=seed, kind=kind)
     return replace(
         result,
         cells=[
@@ -635,8 +636,7 @@ class _Run:
             crash = error.with_traceback(None)
         else:
             return answers, None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
         return [], crash
 
     def _record(
