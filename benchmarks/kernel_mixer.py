@@ -294,11 +294,15 @@ def training(arguments: argparse.Namespace) -> None:
 
 # What the sweep tries: warps, stages, registers. Kernels are timed one by one, so that the i-th of each list
 # can run together.
-PREPARE = [(4, 1, None), (4, 1, 168), (4, 1, 128), (8, 1, None), (8, 1, 128)]
+FEATURES = [  # these and taps in one product, chunks of a program
+    (4, 1, None, 4, 4), (4, 2, None, 4, 4), (4, 1, None, 2, 4), (4, 1, None, 1, 4), (4, 1, None, 4, 1),
+    (4, 1, None, 4, 16), (4, 1, 128, 4, 4), (4, 1, 96, 4, 4), (8, 1, None, 4, 4), (8, 1, 128, 2, 4),
+    (4, 2, None, 2, 16), (4, 1, 168, 2, 4),
+]  # fmt: skip
 STATE = [(4, 1, None), (4, 2, None), (4, 3, None), (8, 2, None), (4, 4, None)]
 OUTPUT = [(4, 2, None), (4, 3, None), (4, 2, 168), (4, 2, 128), (8, 2, None), (4, 1, None), (8, 3, None)]
 GRADIENT = [(4, 1, None), (8, 1, None), (4, 1, 168), (4, 2, None)]
-KERNELS = ("prepare_kernel", "prepared_state_kernel", "scan_kernel", "prepared_output_kernel")
+KERNELS = ("feature_kernel", "prepared_state_kernel", "scan_kernel", "prepared_output_kernel")
 
 
 def table_configuration(shape: Shape) -> Configuration:
@@ -312,15 +316,15 @@ def table_configuration(shape: Shape) -> Configuration:
 def prepared_candidates(shape: Shape) -> list[Configuration]:
     """Return configurations with features made once, the i-th tuning of each kernel together."""
     found = []
-    for chunk, values in itertools.product((64, 128), (64, 128)):
-        if values > shape.width:
-            continue
-        for i in range(max(len(PREPARE) * 2, len(STATE), len(OUTPUT))):
+    for values in (64, 128)[: shape.width // 64]:
+        chunk = 64
+        for i in range(max(len(FEATURES), len(STATE), len(OUTPUT))):
+            *features, taps, run = FEATURES[i % len(FEATURES)]
             found.append(
                 replace(
                     table_configuration(shape), is_prepared=True, chunk=chunk, value_block=values,
                     sub_block=sub_block_tokens(-2.5, chunk), segment=max(chunk, 256),
-                    prepare=Tuning(*PREPARE[i % len(PREPARE)]), prepare_heads=(1, 4)[i // len(PREPARE) % 2],
+                    features=Tuning(*features), feature_taps=taps, feature_chunks=run,
                     state=Tuning(*STATE[i % len(STATE)]), output=Tuning(*OUTPUT[i % len(OUTPUT)]),
                 )
             )  # fmt: skip
@@ -381,8 +385,8 @@ def brief(c: Configuration) -> str:
     if c.is_prepared:
         return (
             f"prepared, chunk {c.chunk}, segment {c.segment}, values {c.value_block}, "
-            f"prepare {tuning(c.prepare)} x{c.prepare_heads}, state {tuning(c.state)}, "
-            f"output {tuning(c.output)}"
+            f"features {tuning(c.features)} taps {c.feature_taps} run {c.feature_chunks}, "
+            f"state {tuning(c.state)}, output {tuning(c.output)}"
         )
     return (
         f"fused, chunk {c.chunk}, segment {c.segment}, values {c.value_block}, state {tuning(c.state)}, "
@@ -463,11 +467,10 @@ def _sweep_forward(width: int, arguments: argparse.Namespace, started: float, ta
                 best[key] = (times[kernel], configuration)
     combined = []
     for chunk, values in sorted({key[:2] for key in best}):
-        prepare, state, _, output = (best[chunk, values, kernel][1] for kernel in KERNELS)
+        features, state, _, output = (best[chunk, values, kernel][1] for kernel in KERNELS)
         combined.append(
             replace(
-                prepare, prepare=prepare.prepare, prepare_heads=prepare.prepare_heads, state=state.state,
-                output=output.output,
+                features, state=state.state, output=output.output
             )
         )  # fmt: skip
     for tokens in arguments.lengths:
@@ -568,8 +571,7 @@ def with_design(table: Configuration, is_prepared: bool) -> Configuration:
     values, chunk = min(table.value_block, 64), 64
     return replace(
         table, is_prepared=True, chunk=chunk, sub_block=sub_block_tokens(-2.5, chunk), value_block=values,
-        segment=max(table.segment, chunk), prepare=Tuning(4), prepare_heads=4,
-        state=Tuning(4, 2), output=Tuning(4, 2),
+        segment=max(table.segment, chunk), state=Tuning(4), output=Tuning(4, 2),
     )  # fmt: skip
 
 

@@ -484,7 +484,7 @@ def map_gradient_kernel(
 def gate_gradient_kernel(
     gate, grad_decay, keep, grad_gate, rows, divisor, lowest,
     GATE_HEADS: tl.constexpr, N: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, C: tl.constexpr,
-    IS_LOGIT: tl.constexpr, MASKED: tl.constexpr,
+    IS_LOGIT: tl.constexpr, MASKED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of the gate: the sum over its state heads, through the activation."""
     program = tl.program_id(0)
@@ -502,7 +502,7 @@ def gate_gradient_kernel(
     place = i[:, None] * (GATE_HEADS * W) + w[None, :]
     if IS_LOGIT:
         x = tl.load(gate + offset + place, mask=inside, other=0.0).to(tl.float32) * LOG2_E
-        log_decay, e = log2_sigmoid(x)
+        log_decay, e = log2_sigmoid(x, INTERPRETED)
         log_decay = log_decay / divisor
         # The derivative of logsigmoid is sigmoid(-x).
         slope = tl.where(x > 0, e / (1.0 + e), 1.0 / (1.0 + e)) / divisor

@@ -49,8 +49,9 @@ class Configuration:
         gradient: Of the backward kernels.
         is_prepared: The forward makes features once, in a kernel of their own: that and the kernels that
             ``state`` and ``output`` are of are then those of ``prepared.py``.
-        prepare: Of that kernel.
-        prepare_heads: The most state heads that one of its programs makes; they share a gate.
+        features: Of that kernel.
+        feature_chunks: Chunks of a head that one of its programs makes.
+        feature_taps: Taps of the convolution in one of its products, a power of two.
     """
 
     chunk: int
@@ -62,8 +63,9 @@ class Configuration:
     gradient_chunk: int
     gradient: Tuning
     is_prepared: bool = False
-    prepare: Tuning = Tuning(4)
-    prepare_heads: int = 1
+    features: Tuning = Tuning(4)
+    feature_chunks: int = 4
+    feature_taps: int = 4
 
 
 def sub_block_tokens(min_log_decay: float, chunk: int) -> int:
@@ -123,8 +125,9 @@ def choose_configuration(
         gradient_chunk=32,
         gradient=Tuning(4, 2) if wide <= 64 else Tuning(8),
         is_prepared=is_prepared,
-        prepare=Tuning(4, 1, 128) if wide <= 64 else Tuning(8),
-        prepare_heads=4,
+        features=Tuning(4),
+        feature_chunks=4,
+        feature_taps=4 if wide <= 64 else 2,
     )
 
 

@@ -41,7 +41,7 @@ _UNSPECIALIZED = ["tokens", "num_segments", "segment_tokens", "num_chunks"]
 def log2_decay(
     gate, first_row, t0, stop, head, keep, divisor, lowest, column, is_column,
     GATE_HEADS: tl.constexpr, GATE_WIDTH: tl.constexpr, C: tl.constexpr,
-    IS_LOGIT: tl.constexpr, MASKED: tl.constexpr,
+    IS_LOGIT: tl.constexpr, MASKED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Return the log-decay of each token and the columns given of a chunk, 0 for padding."""
     i = tl.arange(0, C)
@@ -51,7 +51,7 @@ def log2_decay(
     x = tl.load(base + offset, mask=real[:, None] & is_column[None, :], other=0.0)
     x = x.to(tl.float32) * LOG2_E
     if IS_LOGIT:
-        x, _ = log2_sigmoid(x)
+        x, _ = log2_sigmoid(x, INTERPRETED)
         x *= 1.0 / divisor
     x = tl.maximum(x, lowest * LOG2_E)
     if MASKED:
@@ -63,7 +63,7 @@ def log2_decay(
 def gate_kernel(
     gate, sums, keep, table, tokens, num_segments, segment_tokens, num_chunks, divisor, lowest,
     GATE_HEADS: tl.constexpr, GATE_WIDTH: tl.constexpr, WP: tl.constexpr, C: tl.constexpr,
-    IS_LOGIT: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
+    IS_LOGIT: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Write the sums of log-decays since the start of each chunk. One program a chunk and gate head."""
     program = tl.program_id(0)
@@ -77,7 +77,7 @@ def gate_kernel(
     w = tl.arange(0, WP)
     x = log2_decay(
         gate, first_row, t0, stop, head, keep, divisor, lowest, w, w < GATE_WIDTH,
-        GATE_HEADS, GATE_WIDTH, C, IS_LOGIT, MASKED,
+        GATE_HEADS, GATE_WIDTH, C, IS_LOGIT, MASKED, INTERPRETED,
     )  # fmt: skip
     base = sums + (first_row + t0) * (GATE_HEADS * GATE_WIDTH) + head * GATE_WIDTH
     offset = i[:, None] * (GATE_HEADS * GATE_WIDTH) + w[None, :]

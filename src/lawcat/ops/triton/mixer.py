@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +20,13 @@ from .backward import (
 )
 from .configurations import STRONGEST_LOG_DECAY, Configuration, choose_configuration, padded_width
 from .forward import gate_kernel, output_kernel, scan_kernel, state_kernel
-from .prepared import prepare_kernel, prepared_output_kernel, prepared_state_kernel, strong_output_kernel
+from .prepared import (
+    exponent_kernel,
+    feature_kernel,
+    prepared_output_kernel,
+    prepared_state_kernel,
+    strong_output_kernel,
+)
 
 # Launch what was compiled before without asking Triton what to compile, which costs it tens of microseconds.
 reuse_compiled = False
@@ -258,7 +263,8 @@ def decay_sums(plan: Plan) -> Tensor:
         gate, sums, inputs.keep, plan.table, *plan.size, num_chunks,
         options.gate_divisor, max(options.min_log_decay, STRONGEST_LOG_DECAY),
         GATE_HEADS=heads, GATE_WIDTH=width, WP=1 << (width - 1).bit_length(), C=configuration.chunk,
-        IS_LOGIT=options.is_logit, MASKED=inputs.keep is not None, PACKED=inputs.boundaries is not None,
+        IS_LOGIT=options.is_logit,
+        **plan.constants("MASKED", "PACKED", "INTERPRETED"),
         warps=4,
     )  # fmt: skip
     return sums
@@ -385,34 +391,29 @@ def _forward_prepared(plan: Plan, states: States, output: Tensor, weight_sums: T
     inputs, options, configuration, shape = plan.inputs, plan.options, plan.configuration, plan.shape
     heads, n, width, chunk = inputs.q.shape[2], shape["N"], shape["FP"], configuration.chunk
     chunks = plan.all_segments * plan.chunks_of_segment
-    of_dot = {"dtype": _DOT_DTYPES[shape["DOT"]], "device": inputs.q.device}
     of_float32: dict[str, Any] = {"dtype": torch.float32, "device": inputs.q.device}
-    q_features = allocate((chunks, heads, chunk, width), **of_dot)
-    k_features = allocate((chunks, n, chunk, width), **of_dot)
-    k_sums, z_added, z_exponents = (allocate((chunks, n, width), **of_float32) for _ in range(3))
+    z_added, z_exponents = (allocate((chunks, n, width), **of_float32) for _ in range(2))
     exponents = allocate((chunks, shape["GATE_HEADS"], 2, width), **of_float32)
-    prepare_heads = math.gcd(configuration.prepare_heads, n // shape["GATE_HEADS"])
+    centred = allocate((chunks, shape["GATE_HEADS"], chunk, width), **of_float32)
     activation = options.gate_divisor, max(options.min_log_decay, STRONGEST_LOG_DECAY)
+    size = (*plan.size, plan.chunks_of_segment)
     launch(
-        prepare_kernel, chunks * (n // prepare_heads),
-        inputs.q, inputs.k, inputs.gate, inputs.q_taps, inputs.k_taps, inputs.q_before, inputs.k_before,
-        inputs.map_weight, inputs.keep, plan.table, q_features, k_features, k_sums, exponents,
-        *plan.size, plan.chunks_of_segment, *activation,
-        H=heads, HEADS=prepare_heads, IS_LOGIT=options.is_logit,
-        **plan.constants(
-            "K_HEADS", "GATE_HEADS", "GATE_WIDTH", "N", "D", "F", "DP", "FP", "C", "TAPS", "HAS_BEFORE",
-            "HAS_MAP", "MASKED", "PACKED", "DOT", "PRECISION", "INTERPRETED",
-        ),
-        **configuration.prepare.options(),
+        exponent_kernel, chunks * shape["GATE_HEADS"],
+        inputs.gate, inputs.keep, plan.table, centred, exponents, *size, *activation,
+        IS_LOGIT=options.is_logit,
+        **plan.constants("GATE_HEADS", "GATE_WIDTH", "F", "FP", "C", "MASKED", "PACKED", "INTERPRETED"),
+        warps=4,
     )  # fmt: skip
+    q_features, _ = _features(plan, inputs.q, inputs.q_taps, inputs.q_before, centred, heads, is_key=False)
+    k_features, k_sums = _features(plan, inputs.k, inputs.k_taps, inputs.k_before, centred, n, is_key=True)
     of_products = plan.constants(
         "V_HEADS", "GATE_HEADS", "N", "F", "DV", "FP", "BV", "V_BLOCKS", "C", "PACKED", "DOT", "PRECISION"
     )
     launch(
         prepared_state_kernel, plan.all_segments * n * shape["V_BLOCKS"],
         inputs.v, plan.table, k_features, k_sums, exponents, states.states, states.normalisers,
-        states.decays, states.strongest, z_added, z_exponents, *plan.size, plan.chunks_of_segment,
-        **of_products, **configuration.state.options(),
+        states.decays, states.strongest, z_added, z_exponents, *size, **of_products,
+        **configuration.state.options(),
     )  # fmt: skip
     scan(
         plan, states.states, states.normalisers, states.decays, inputs.initial_state, states.final,
@@ -424,8 +425,7 @@ def _forward_prepared(plan: Plan, states: States, output: Tensor, weight_sums: T
     launch(
         prepared_output_kernel, programs,
         inputs.v, plan.table, q_features, k_features, exponents, z_added, z_exponents, states.states,
-        states.normalisers, states.strongest, output, weight_sums, *plan.size, plan.chunks_of_segment,
-        options.eps,
+        states.normalisers, states.strongest, output, weight_sums, *size, options.eps,
         MAY_BE_STRONG=may_be_strong, **of_output, **of_products, **configuration.output.options(),
     )  # fmt: skip
     if may_be_strong:
@@ -438,6 +438,39 @@ def _forward_prepared(plan: Plan, states: States, output: Tensor, weight_sums: T
             SUB=min(strong_chunk, configuration.sub_block), IS_LOGIT=options.is_logit, **of_output,
             **{**shape, "C": strong_chunk}, warps=4,
         )  # fmt: skip
+
+
+def _features(
+    plan: Plan,
+    x: Tensor,
+    taps: Tensor | None,
+    before: Tensor | None,
+    centred: Tensor,
+    heads: int,
+    *,
+    is_key: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return decayed features by tiles [chunks, heads, C, FP]; of keys, also their sums."""
+    configuration, shape = plan.configuration, plan.shape
+    chunks, width = centred.shape[0], shape["FP"]
+    dtype = _DOT_DTYPES[shape["DOT"]]
+    features = allocate((chunks, heads, configuration.chunk, width), dtype=dtype, device=x.device)
+    sums = allocate((chunks, heads, width), dtype=torch.float32, device=x.device) if is_key else None
+    padded_taps = 1 << max(shape["TAPS"] - 1, 0).bit_length()
+    run = configuration.feature_chunks
+    launch(
+        feature_kernel, plan.all_segments * -(-plan.chunks_of_segment // run) * heads,
+        x, taps, before, plan.inputs.map_weight, plan.inputs.keep, plan.table, centred, features, sums,
+        *plan.size, plan.chunks_of_segment,
+        X_HEADS=x.shape[2], HEADS=heads, TAPS_P=padded_taps, IS_KEY=is_key, RUN=run,
+        BLOCK=min(configuration.feature_taps, padded_taps),
+        **plan.constants(
+            "N", "GATE_HEADS", "D", "F", "DP", "FP", "C", "TAPS", "HAS_BEFORE", "HAS_MAP", "MASKED", "PACKED",
+            "DOT", "PRECISION",
+        ),
+        **configuration.features.options(),
+    )  # fmt: skip
+    return features, sums
 
 
 @dataclass
@@ -554,7 +587,9 @@ def _gate_gradient(plan: Plan, grad_decay: Tensor) -> Tensor:
         gate_gradient_kernel, -(-rows // chunk) * heads,
         gate, grad_decay, inputs.keep, result, rows, options.gate_divisor, options.min_log_decay,
         GATE_HEADS=heads, N=plan.shape["N"], W=width, WP=1 << (width - 1).bit_length(), C=chunk,
-        IS_LOGIT=options.is_logit, MASKED=inputs.keep is not None, warps=4,
+        IS_LOGIT=options.is_logit,
+        **plan.constants("MASKED", "INTERPRETED"),
+        warps=4,
     )  # fmt: skip
     return result
 

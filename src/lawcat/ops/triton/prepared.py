@@ -25,9 +25,9 @@ import triton
 import triton.language as tl
 
 from .blocks import (
+    LOG2_E,
     MAX_EXPONENT,
     feature_columns,
-    features,
     load_map_weight,
     load_state,
     load_values,
@@ -44,7 +44,7 @@ _UNSPECIALIZED = ["tokens", "num_segments", "segment_tokens", "num_chunks"]
 def chunk_decays(
     gate, first_row, t0, stop, gate_head, keep, divisor, lowest,
     GATE_HEADS: tl.constexpr, GATE_WIDTH: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, C: tl.constexpr,
-    IS_LOGIT: tl.constexpr, MASKED: tl.constexpr,
+    IS_LOGIT: tl.constexpr, MASKED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Return the sums of log-decays of a chunk up to each token [C, FP], and in all [FP]."""
     feature, is_feature = feature_columns(F, FP)
@@ -52,16 +52,9 @@ def chunk_decays(
         feature = feature * 0
     x = log2_decay(
         gate, first_row, t0, stop, gate_head, keep, divisor, lowest, feature, is_feature,
-        GATE_HEADS, GATE_WIDTH, C, IS_LOGIT, MASKED,
+        GATE_HEADS, GATE_WIDTH, C, IS_LOGIT, MASKED, INTERPRETED,
     )  # fmt: skip
     return tl.cumsum(x, axis=0), tl.sum(x, axis=0)
-
-
-@triton.jit
-def store_tile(x, tile, index, C: tl.constexpr, FP: tl.constexpr):
-    """Write the tile [C, FP] with this index to x [tiles, C, FP]."""
-    place = x + index.to(tl.int64) * (C * FP) + tl.arange(0, C)[:, None] * FP + tl.arange(0, FP)[None, :]
-    tl.store(place, tile.to(x.dtype.element_ty))
 
 
 @triton.jit
@@ -72,63 +65,179 @@ def load_tile(x, index, C: tl.constexpr, FP: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
-def prepare_kernel(
-    q, k, gate, q_taps, k_taps, q_before, k_before, map_weight, keep, table,
-    q_features, k_features, k_sums, exponents,
+def exponent_kernel(
+    gate, keep, table, centred, exponents,
     tokens, num_segments, segment_tokens, num_chunks, divisor, lowest,
-    H: tl.constexpr, K_HEADS: tl.constexpr, GATE_HEADS: tl.constexpr, GATE_WIDTH: tl.constexpr,
-    N: tl.constexpr, D: tl.constexpr, F: tl.constexpr, DP: tl.constexpr, FP: tl.constexpr, C: tl.constexpr,
-    TAPS: tl.constexpr, HEADS: tl.constexpr, HAS_BEFORE: tl.constexpr, HAS_MAP: tl.constexpr,
-    MASKED: tl.constexpr, PACKED: tl.constexpr, IS_LOGIT: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    GATE_HEADS: tl.constexpr, GATE_WIDTH: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, C: tl.constexpr,
+    MASKED: tl.constexpr, PACKED: tl.constexpr, IS_LOGIT: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Write features of q and k, sums of k's, and two exponents. One program a chunk and HEADS state heads.
+    """Write ``b - r`` and two exponents. One program a chunk and gate head.
 
     The state before a chunk times 2^(first exponent), plus what the keys add, times 2^(second) is that after.
     """
     program = tl.program_id(0)
-    groups: tl.constexpr = N // HEADS
-    first_head = (program % groups) * HEADS
-    chunk = program // groups
-    first_row, start, stop, sequence, _ = locate_segment(
+    head = program % GATE_HEADS
+    chunk = program // GATE_HEADS
+    first_row, start, stop, _, _ = locate_segment(
         chunk // num_chunks, tokens, num_segments, segment_tokens, table, PACKED
     )
     t0 = start + chunk % num_chunks * C
-    gate_head = first_head // (N // GATE_HEADS)
-    column = tl.arange(0, FP)
     if t0 < stop:
         b, total = chunk_decays(
-            gate, first_row, t0, stop, gate_head, keep, divisor, lowest,
-            GATE_HEADS, GATE_WIDTH, F, FP, C, IS_LOGIT, MASKED,
+            gate, first_row, t0, stop, head, keep, divisor, lowest,
+            GATE_HEADS, GATE_WIDTH, F, FP, C, IS_LOGIT, MASKED, INTERPRETED,
         )  # fmt: skip
         is_strong = tl.min(total, axis=0) < -2 * MAX_EXPONENT
         before = tl.where(is_strong, total, 0.5 * total)
-        after = total - before
-        if first_head % (N // GATE_HEADS) == 0:
-            place = exponents + (chunk * GATE_HEADS + gate_head).to(tl.int64) * (2 * FP)
-            tl.store(place + column, before)
-            tl.store(place + FP + column, after)
-        for index in range(0, HEADS):
-            n = first_head + index
-            weight = 0
-            if HAS_MAP:
-                weight = load_map_weight(map_weight, n, D, F, DP, FP).to(DOT)
-            phi = features(
-                k, first_row, t0, stop, n // (N // K_HEADS), keep, k_taps, k_before, sequence, weight, n,
-                K_HEADS, N, D, F, DP, FP, C, TAPS, HAS_BEFORE, MASKED, HAS_MAP, PRECISION, INTERPRETED,
-            )  # fmt: skip
-            phi = without_padding(phi, first_row, t0, stop, keep, C, MASKED)
-            decayed = (phi * tl.exp2(before[None, :] - b)).to(DOT)
-            place = chunk * N + n
-            store_tile(k_features, decayed, place, C, FP)
-            tl.store(k_sums + place.to(tl.int64) * FP + column, tl.sum(decayed.to(tl.float32), axis=0))
-            for r in range(0, H // N):
-                head = n * (H // N) + r
-                phi = features(
-                    q, first_row, t0, stop, head, keep, q_taps, q_before, sequence, weight, head,
-                    H, H, D, F, DP, FP, C, TAPS, HAS_BEFORE, MASKED, HAS_MAP, PRECISION, INTERPRETED,
+        column = tl.arange(0, FP)
+        place = exponents + program.to(tl.int64) * (2 * FP)
+        tl.store(place + column, before)
+        tl.store(place + FP + column, total - before)
+        i = tl.arange(0, C)
+        place = centred + program.to(tl.int64) * (C * FP)
+        tl.store(place + i[:, None] * FP + column[None, :], b - before[None, :])
+
+
+@triton.jit
+def load_tap_weights(
+    map_weight, taps, head, weight_head, first_tap,
+    D: tl.constexpr, F: tl.constexpr, DP: tl.constexpr, FP: tl.constexpr, TAPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Return W of a head times each of BLOCK taps, for exponents to the base 2 [BLOCK DP, FP/2].
+
+    Convolution and W are one product of the inputs at several tokens with these.
+    """
+    row = tl.arange(0, BLOCK * DP)
+    tap = first_tap + row // DP
+    d = row % DP
+    f = tl.arange(0, FP // 2)
+    inside = d < D
+    tile = tl.load(
+        map_weight + weight_head * (D * (F // 2)) + d[:, None] * (F // 2) + f[None, :],
+        mask=inside[:, None] & (f < F // 2)[None, :],
+        other=0.0,
+    ).to(tl.float32)
+    if TAPS > 0:
+        filter_taps = tl.load(taps + (head * D + d) * TAPS + tap, mask=inside & (tap < TAPS), other=0.0)
+        tile *= filter_taps.to(tl.float32)[:, None]
+    return tile * LOG2_E
+
+
+@triton.jit
+def load_tap_inputs(
+    x, first_row, t0, stop, x_head, keep, before, sequence, head, first_tap,
+    X_HEADS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr,
+    TAPS: tl.constexpr, BLOCK: tl.constexpr, HAS_BEFORE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Return the inputs that BLOCK taps weigh, side by side [C, BLOCK DP]."""
+    i = tl.arange(0, C)
+    column = tl.arange(0, BLOCK * DP)
+    d = column % DP
+    shift = first_tap + column // DP
+    if TAPS > 0:
+        shift -= TAPS - 1
+    t = t0 + i[:, None] + shift[None, :]
+    is_tap = (d < D) & (shift <= 0)
+    inside = (t >= 0) & (t < stop) & is_tap[None, :]
+    base = x + (first_row + t0) * (X_HEADS * D) + x_head * D
+    tile = tl.load(base + (i[:, None] + shift[None, :]) * (X_HEADS * D) + d[None, :], mask=inside, other=0.0)
+    if MASKED:
+        kept = tl.load(keep + first_row + t, mask=inside, other=0)
+        tile = tl.where(kept != 0, tile, 0.0)
+    if HAS_BEFORE:
+        base = before + (sequence.to(tl.int64) * HEADS + head) * (D * (TAPS - 1))
+        tile += tl.load(
+            base + d[None, :] * (TAPS - 1) + (t + TAPS - 1),
+            mask=(t < 0) & (t > -TAPS) & is_tap[None, :],
+            other=0.0,
+        ).to(tile.dtype)
+    return tile
+
+
+@triton.jit
+def decayed_half(p, centred, SIGN: tl.constexpr, FP: tl.constexpr, F: tl.constexpr):
+    """Return softmax(p) of rows of FP/2 exponents to the base 2, times 2^(SIGN centred)."""
+    if F != FP:
+        p = tl.where((tl.arange(0, FP // 2) < F // 2)[None, :], p, float("-inf"))
+    e = tl.exp2(p - tl.max(p, axis=1)[:, None])
+    return e * (1.0 / tl.sum(e, axis=1))[:, None] * tl.exp2(SIGN * centred)
+
+
+@triton.jit
+def store_half(x, sums, tile, index, half, C: tl.constexpr, FP: tl.constexpr, SUM: tl.constexpr):
+    """Write a half [C, FP/2] of the tile with this index of x [tiles, C, FP], and the sum of its rows."""
+    column = half * (FP // 2) + tl.arange(0, FP // 2)
+    tile = tile.to(x.dtype.element_ty)
+    place = x + index.to(tl.int64) * (C * FP)
+    tl.store(place + tl.arange(0, C)[:, None] * FP + column[None, :], tile)
+    if SUM:
+        tl.store(sums + index.to(tl.int64) * FP + column, tl.sum(tile.to(tl.float32), axis=0))
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def feature_kernel(
+    x, taps, before, map_weight, keep, table, centred, features, sums,
+    tokens, num_segments, segment_tokens, num_chunks,
+    X_HEADS: tl.constexpr, HEADS: tl.constexpr, N: tl.constexpr, GATE_HEADS: tl.constexpr,
+    D: tl.constexpr, F: tl.constexpr, DP: tl.constexpr, FP: tl.constexpr, C: tl.constexpr,
+    TAPS: tl.constexpr, TAPS_P: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr,
+    IS_KEY: tl.constexpr, HAS_BEFORE: tl.constexpr, HAS_MAP: tl.constexpr, MASKED: tl.constexpr,
+    PACKED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write the decayed features of q, or of k and their sums. One program a run of RUN chunks and a head.
+
+    Keys are decayed by 2^(r - b) and zero where there is padding, queries by 2^(b - r).
+    """
+    program = tl.program_id(0)
+    head = program % HEADS
+    runs = tl.cdiv(num_chunks, RUN)
+    segment = program // (HEADS * runs)
+    first_chunk = (program // HEADS) % runs * RUN
+    first_row, start, stop, sequence, _ = locate_segment(
+        segment, tokens, num_segments, segment_tokens, table, PACKED
+    )
+    n = head // (HEADS // N)
+    x_head = head // (HEADS // X_HEADS)
+    gate_head = n // (N // GATE_HEADS)
+    sign: tl.constexpr = -1.0 if IS_KEY else 1.0
+    half: tl.constexpr = FP // 2
+    i = tl.arange(0, C)
+    f = tl.arange(0, half)
+    chunks = tl.minimum(tl.cdiv(stop - start, C), num_chunks)
+    operand: tl.constexpr = DOT if DOT.is_fp32() else x.dtype.element_ty
+    if HAS_MAP:
+        weights = ()
+        for first_tap in tl.static_range(0, TAPS_P, BLOCK):
+            weight = load_tap_weights(map_weight, taps, head, n, first_tap, D, F, DP, FP, TAPS, BLOCK)
+            weights = weights + (weight.to(operand),)  # type: ignore[assignment]  # noqa: RUF005
+    for index in range(first_chunk, tl.minimum(first_chunk + RUN, chunks)):
+        t0 = start + index * C
+        chunk = segment * num_chunks + index
+        place = centred + (chunk * GATE_HEADS + gate_head).to(tl.int64) * (C * FP)
+        place += i[:, None] * FP + f[None, :]
+        tile = chunk * HEADS + head
+        if HAS_MAP:
+            p = tl.zeros([C, half], tl.float32)
+            for part in tl.static_range(0, TAPS_P // BLOCK):
+                inputs = load_tap_inputs(
+                    x, first_row, t0, stop, x_head, keep, before, sequence, head, part * BLOCK,
+                    X_HEADS, HEADS, D, DP, C, TAPS, BLOCK, HAS_BEFORE, MASKED,
                 )  # fmt: skip
-                store_tile(q_features, phi * tl.exp2(b - after[None, :]), chunk * H + head, C, FP)
+                p = tl.dot(inputs.to(operand), weights[part], p, input_precision=PRECISION)
+            first = decayed_half(p, tl.load(place), sign, FP, F)
+            second = decayed_half(-p, tl.load(place + half), sign, FP, F)
+        else:
+            base = x + (first_row + t0) * (X_HEADS * F) + x_head * F
+            base += i[:, None] * (X_HEADS * F) + f[None, :]
+            inside = (t0 + i < stop)[:, None] & (f < F // 2)[None, :]
+            first = tl.load(base, mask=inside, other=0.0) * tl.exp2(sign * tl.load(place))
+            second = tl.load(base + F // 2, mask=inside, other=0.0) * tl.exp2(sign * tl.load(place + half))
+        if IS_KEY:
+            first = without_padding(first, first_row, t0, stop, keep, C, MASKED)
+            second = without_padding(second, first_row, t0, stop, keep, C, MASKED)
+        store_half(features, sums, first, tile, 0, C, FP, IS_KEY)
+        store_half(features, sums, second, tile, 1, C, FP, IS_KEY)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -260,7 +369,7 @@ def strong_output_kernel(
     for t0 in range(start, stop, C):
         b, total = chunk_decays(
             gate, first_row, t0, stop, gate_head, keep, divisor, lowest,
-            GATE_HEADS, GATE_WIDTH, F, FP, C, IS_LOGIT, MASKED,
+            GATE_HEADS, GATE_WIDTH, F, FP, C, IS_LOGIT, MASKED, INTERPRETED,
         )  # fmt: skip
         state, normaliser = output_chunk(
             state, normaliser, b, total, q, k, v, q_taps, k_taps, q_before, k_before, weight, keep, output,
