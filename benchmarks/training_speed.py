@@ -7,21 +7,26 @@ out on a CPU. `LAWCAT_BACKEND` chooses the backend, `--parts` the steps, `--ways
 from __future__ import annotations
 
 import argparse
+import os
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from lawcat.bench.models import random_pair
 from lawcat.bench.timing import synchronize
-from lawcat.bench.training import _step
+from lawcat.bench.training import OneProcess
 from lawcat.distill.recipe import AttentionTransferSettings, RecoverySettings
 from lawcat.distill.recovery import RecoveryModel
 from lawcat.distill.sequence import Batch
-from lawcat.distill.trainer import AttentionTransferStage, RecoveryStage, Stage
+from lawcat.distill.step_graph import ENVIRONMENT_VARIABLE
+from lawcat.distill.trainer import AttentionTransferStage, RecoveryStage, Stage, Workers
+from lawcat.distill.training_step import Measured, TrainingStep
 from lawcat.memory import free_memory
 from lawcat.ops import choose_backend
 
@@ -55,12 +60,28 @@ def make_stage(number: int, tokens: int, shape: str, device: torch.device) -> St
     return RecoveryStage(RecoveryModel(student.eval(), settings), settings, tokens)
 
 
-def random_batch(stage: Stage, sequences: int, tokens: int, device: torch.device) -> Batch:
-    """Return random tokens, all of weight one."""
+def random_batch(stage: Stage, sequences: int, tokens: int) -> Batch:
+    """Return random tokens, all of weight one, on the CPU."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, stage.student.config.vocab_size, (sequences, tokens), generator=generator)
     no_answer = torch.zeros(ids.shape, dtype=torch.bool)
-    return Batch(ids, torch.ones(ids.shape), no_answer, ("random",) * sequences).to(device)
+    return Batch(ids, torch.ones(ids.shape), no_answer, ("random",) * sequences)
+
+
+def make_step(stage: Stage, batch: Batch, device: torch.device, way: str) -> Callable[[], object]:
+    """Return what does a step and, as training does, looks at the one before it."""
+    os.environ[ENVIRONMENT_VARIABLE] = "off" if way == "eager" else "auto"
+    step = TrainingStep(stage, Workers(OneProcess(device)))
+    queued: deque[Measured] = deque()
+
+    def run() -> object:
+        queued.append(step(batch, learning_rate_factor=1e-3))
+        if len(queued) > int(step.is_queued):
+            return queued.popleft().tensors()["loss"].tolist()
+        return None
+
+    run.step = step  # type: ignore[attr-defined]
+    return run
 
 
 def steps_in(step: Callable[[], object], seconds: float, device: torch.device) -> tuple[int, float]:
@@ -91,12 +112,12 @@ def show_profile(step: Callable[[], object], device: torch.device, rows: int) ->
         (
             event
             for event in averages
-            if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+            if event.device_type == DeviceType.CUDA and not event.is_user_annotation
         ),
         key=lambda event: -event.self_device_time_total,
     )
     host = sorted(
-        (event for event in averages if event.device_type == torch.autograd.DeviceType.CPU),
+        (event for event in averages if event.device_type == DeviceType.CPU),
         key=lambda event: -event.self_cpu_time_total,
     )
     busy = sum(e.self_device_time_total for e in kernels) / 1e6
@@ -125,7 +146,7 @@ def measure(part: str, way: str, options: argparse.Namespace, device: torch.devi
         torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
     stage = make_stage(number, tokens, shape, device)
-    step = _step(stage, random_batch(stage, sequences, tokens * segments, device), device)
+    step: Any = make_step(stage, random_batch(stage, sequences, tokens * segments), device, way)
     for _ in range(4):  # compiles kernels, and captures
         step()
     synchronize(device)
@@ -135,7 +156,8 @@ def measure(part: str, way: str, options: argparse.Namespace, device: torch.devi
     gib = torch.cuda.max_memory_allocated(device) / 2**30 if is_gpu else 0.0
     print(
         f"\n{part}, {way}, {choose_backend('auto', device.type)}: {size * count / seconds:,.0f} tokens/s, "
-        f"{seconds / count * 1e3:.1f} ms a step of {size:,} tokens, peak {gib:.1f} GiB, {first:.1f} s before",
+        f"{seconds / count * 1e3:.1f} ms a step of {size:,} tokens, peak {gib:.1f} GiB, "
+        f"{first:.1f} s before, {step.step.num_graphs} graphs",
         flush=True,
     )
     if options.rows:
@@ -151,7 +173,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
     parser.add_argument("--rows", type=int, default=15, help="of the profile; 0 for none")
     parser.add_argument("--parts", default=",".join(PARTS), help="of them, which")
-    parser.add_argument("--ways", default="eager", help="eager, graph or both")
+    parser.add_argument("--ways", default="eager,graph", help="eager, graph or both")
     options = parser.parse_args()
     if options.tiny:
         options.seconds = min(options.seconds, 0.3)

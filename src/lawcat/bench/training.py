@@ -15,7 +15,9 @@ from lawcat.bench.timing import Failure, failure_reason, time_by_turns
 from lawcat.distill.recipe import AttentionTransferSettings, RecoverySettings
 from lawcat.distill.recovery import RecoveryModel
 from lawcat.distill.sequence import Batch
+from lawcat.distill.step_graph import STEPS_BEFORE_CAPTURE
 from lawcat.distill.trainer import AttentionTransferStage, RecoveryStage, Stage, Workers
+from lawcat.distill.training_step import TrainingStep
 from lawcat.memory import free_memory
 from lawcat.ops import use_backend
 
@@ -95,31 +97,31 @@ def _random_batch(pair: Pair, batch: int, tokens: int, device: torch.device, see
 
 
 def _step(stage: Stage, batch: Batch, device: torch.device) -> Callable[[], object]:
-    workers = Workers(_OneProcess(device))
-    groups = stage.parameter_groups()
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    # So small that the student stays where it is, however often the step is repeated.
-    optimizer = torch.optim.AdamW([{"params": group["params"]} for group in groups], lr=1e-9)
+    step = TrainingStep(stage, Workers(OneProcess(device)))
 
     def run() -> object:
-        losses = stage.backward(batch, workers)
-        torch.nn.utils.clip_grad_norm_(parameters, stage.settings.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return losses["loss"].item()  # as the training log does
+        # So low a rate that the student stays where it is, however often the step is repeated.
+        return step(batch, learning_rate_factor=1e-6).tensors()["loss"].item()  # as the training log does
 
     return run
 
 
 def _with_backend(step: Callable[[], object], name: str) -> Callable[[], object]:
+    is_first = True
+
     def run() -> object:
+        nonlocal is_first
         with use_backend(name):
+            # On a GPU a step is captured when it has run a few times.
+            for _ in range(STEPS_BEFORE_CAPTURE if is_first else 0):
+                step()
+            is_first = False
             return step()
 
     return run
 
 
-class _OneProcess:
+class OneProcess:
     """What ``Workers`` asks of accelerate, on a device that the benchmark chose."""
 
     num_processes, process_index, is_main_process = 1, 0, True

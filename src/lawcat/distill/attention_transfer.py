@@ -46,8 +46,9 @@ def attention_transfer_losses(
         hidden = decoder.embed_tokens(input_ids)
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         positions = decoder.rotary_emb(hidden, position_ids)
-        # None where the attention function is causal by itself.
-        mask = create_causal_mask(decoder.config, hidden, None, None, position_ids=position_ids)
+        # None where the attention function is causal by itself. Given positions, it would look at them for
+        # packed sequences, and a GPU be waited for.
+        mask = create_causal_mask(decoder.config, hidden, None, None, position_ids=None)
         for layer in decoder.layers:
             attention = layer.self_attn
             x = layer.input_layernorm(hidden)

@@ -43,11 +43,15 @@ class GateStatistics:
         self._saturated.append((gradient.mean(0) < _SATURATED_GRADIENT) | at_bound)
         self._half_lives.append(math.log(2) / (-channels.mean(0)).clamp(min=1e-9))
 
-    def summary(self) -> dict[str, float]:
-        """Return the share of saturated channels and the median half-life in tokens; empty without gates."""
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what ``summary`` does, on the gates' device, without waiting for it."""
         if not self._half_lives:
             return {}
         return {
-            "gate_saturated_share": torch.cat(self._saturated).float().mean().item(),
-            "gate_median_half_life_tokens": torch.cat(self._half_lives).median().item(),
+            "gate_saturated_share": torch.cat(self._saturated).float().mean(),
+            "gate_median_half_life_tokens": torch.cat(self._half_lives).median(),
         }
+
+    def summary(self) -> dict[str, float]:
+        """Return the share of saturated channels and the median half-life in tokens; empty without gates."""
+        return {name: value.item() for name, value in self.tensors().items()}

@@ -137,6 +137,16 @@ class _LanguageLoss(torch.autograd.Function):
         return (hidden_grad * grad.to(hidden_grad.dtype), scaled_head, *(None,) * 7)
 
 
+def _only_used(values: Tensor, used: Tensor) -> Tensor:
+    return values[used]
+
+
+def _zeros_for_unused(values: Tensor, used: Tensor) -> Tensor:
+    """As ``_only_used``, for a GPU: a number of rows that depends on values would have to be waited for."""
+    used = used.view(used.shape + (1,) * (values.ndim - used.ndim))
+    return torch.where(used, values, torch.zeros((), dtype=values.dtype, device=values.device)).flatten(0, 1)
+
+
 def language_loss(
     hidden: Tensor,
     head: Tensor,
@@ -153,7 +163,7 @@ def language_loss(
 
     The loss is ``cross_entropy_weight * CE + kl_weight * temperature^2 * KL(teacher || student)``, both at
     the given token weights; divide by the sum of weights over all processes for a mean. Tokens of weight 0
-    cost nothing.
+    are not looked at.
 
     Args:
         hidden: The student's last hidden states [B, T, hidden].
@@ -169,14 +179,15 @@ def language_loss(
     Returns:
         Three float32 scalars; only the first carries a gradient.
     """
+    take = _only_used if hidden.device.type == "cpu" else _zeros_for_unused
     used = weights > 0
     loss, sums = _LanguageLoss.apply(  # type: ignore[no-untyped-call]
-        hidden[used],
+        take(hidden, used),
         head,
-        None if teacher_hidden is None else teacher_hidden[used],
+        None if teacher_hidden is None else take(teacher_hidden, used),
         head if teacher_head is None else teacher_head,
-        targets[used],
-        weights[used].float(),
+        take(targets, used),
+        take(weights, used).float(),
         cross_entropy_weight,
         kl_weight,
         temperature,

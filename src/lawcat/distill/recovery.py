@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,11 +40,12 @@ class RecoveryModel:
     def __init__(self, student: LawcatForCausalLM, settings: RecoverySettings) -> None:
         self.student = student
         self._settings = settings
-        self._lora: Any = None
+        self._adapted: list[Any] = []
         self._teacher: LawcatForCausalLM | None = None
         self.lora_scale = 0.0
         if settings.train == "lora":
-            self._lora = _with_lora(student, settings)
+            _add_lora(student, settings)
+            self._adapted = [module for module in student.modules() if hasattr(module, "_disable_adapters")]
             self.lora_scale = settings.lora_alpha / settings.lora_rank
         elif settings.kl_weight:
             self._teacher = copy.deepcopy(student).requires_grad_(False)
@@ -56,7 +58,7 @@ class RecoveryModel:
         that train in full beside LoRA, if any do."""
         settings = self._settings
         peaks = {"new": settings.new_parameter_learning_rate, "base": settings.learning_rate}
-        if self._lora is not None and settings.full_targets:
+        if self._adapted and settings.full_targets:
             peaks["full"] = settings.full_learning_rate
         groups: dict[str, dict[str, Any]] = {
             name: {"name": name, "params": [], "peak": peak} for name, peak in peaks.items()
@@ -70,13 +72,26 @@ class RecoveryModel:
     def teacher_hidden(self, input_ids: Tensor) -> Tensor:
         """Return the teacher's last hidden states [B, T, hidden], without gradient."""
         model = self._teacher if self._teacher is not None else self.student
-        without_lora = self._lora.disable_adapter() if self._lora is not None else contextlib.nullcontext()
-        with torch.no_grad(), without_lora, model.teacher_mode():
+        with torch.no_grad(), self._without_adapters(), model.teacher_mode():
             hidden: Tensor = model.model(input_ids, use_cache=False).last_hidden_state
         return hidden
 
+    @contextlib.contextmanager
+    def _without_adapters(self) -> Iterator[None]:
+        """Within this context the layers that were adapted compute as they were before.
+
+        As peft's ``disable_adapter``, which looks at the whole model each time: 50 ms with 30 layers.
+        """
+        for module in self._adapted:
+            module._disable_adapters = True
+        try:
+            yield
+        finally:
+            for module in self._adapted:
+                module._disable_adapters = False
+
     def losses(
-        self, input_ids: Tensor, loss_weight: Tensor, *, total_weight: float
+        self, input_ids: Tensor, loss_weight: Tensor, *, total_weight: Tensor | float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return loss, cross-entropy and KL, each the weighted sum over these tokens divided by
         ``total_weight``.
@@ -104,7 +119,7 @@ class RecoveryModel:
         return loss, cross_entropy, kl
 
     def carried_losses(
-        self, input_ids: Tensor, loss_weight: Tensor, num_trained_tokens: int, *, total_weight: float
+        self, input_ids: Tensor, loss_weight: Tensor, num_trained_tokens: int, *, total_weight: Tensor | float
     ) -> Tensor:
         """Return the cross-entropy of the last tokens, the state before them carried over without gradient.
 
@@ -151,7 +166,7 @@ def check_targets(decoder: nn.Module, settings: RecoverySettings) -> None:
                 )
 
 
-def _with_lora(student: LawcatForCausalLM, settings: RecoverySettings) -> Any:
+def _add_lora(student: LawcatForCausalLM, settings: RecoverySettings) -> None:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -167,11 +182,10 @@ def _with_lora(student: LawcatForCausalLM, settings: RecoverySettings) -> Any:
     )
     with warnings.catch_warnings():  # peft still asks transformers for a name that is on its way out
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        wrapped = get_peft_model(student, config)
+        get_peft_model(student, config)
     for name, parameter in student.named_parameters():
         if is_trained_in_full(name):  # bfloat16 would round small updates away
             parameter.data = parameter.data.float()
-    return wrapped
 
 
 def is_trained_in_full(name: str) -> bool:

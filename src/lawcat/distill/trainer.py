@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,14 +23,15 @@ from torch import Tensor
 from lawcat.distill.attention_transfer import attention_transfer_losses
 from lawcat.distill.checkpoint import TrainingState, capture_rng, restore_rng, save_checkpoint
 from lawcat.distill.gate_penalty import GatePenalty
-from lawcat.distill.gate_statistics import GateStatistics
 from lawcat.distill.mixture import Mixture
 from lawcat.distill.recipe import AttentionTransferSettings, Recipe, RecoverySettings
 from lawcat.distill.recovery import RecoveryModel
 from lawcat.distill.schedule import learning_rate_factor
+from lawcat.distill.sequence import Batch
 from lawcat.distill.sources import seed_of
 from lawcat.distill.text import Progress
 from lawcat.distill.training_log import TrainingLog
+from lawcat.distill.training_step import Measured, TrainingStep
 from lawcat.errors import ConfigurationError, TrainingError
 from lawcat.model.modeling_lawcat import LawcatForCausalLM
 
@@ -102,15 +104,14 @@ class RecoveryStage:
         """
         length = self._sequence_length
         if batch.input_ids.shape[1] > length:
-            weights = batch.loss_weight[:, -length + 1 :]
-            total_weight = workers.sum(weights.sum()).item()
+            total_weight = workers.sum(batch.loss_weight[:, -length + 1 :].sum())
             with self._penalty.watching():
                 loss = self._recovery.carried_losses(
                     batch.input_ids, batch.loss_weight, length, total_weight=total_weight
                 )
                 self._backward(loss, workers)
             return {"loss": loss.detach()}
-        total_weight = workers.sum(batch.loss_weight[:, 1:].sum()).item()
+        total_weight = workers.sum(batch.loss_weight[:, 1:].sum())
         with self._penalty.watching():
             loss, cross_entropy, kl = self._recovery.losses(
                 batch.input_ids, batch.loss_weight, total_weight=total_weight
@@ -154,6 +155,8 @@ class Workers:
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set in any process."""
+        if self.count == 1:
+            return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
 
     def wait(self) -> None:
@@ -248,20 +251,14 @@ def train_stage(stage: Stage, context: StageContext, resume_from: TrainingState 
                 f"{name}={count} cannot be shared by {workers.count} processes; make it a multiple."
             )
     student = stage.student
-    groups = stage.parameter_groups()
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    optimizer = torch.optim.AdamW(
-        [{"params": g["params"], "lr": g["peak"], "peak": g["peak"]} for g in groups],
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-    )
+    training_step = TrainingStep(stage, workers)
     start = 0
     if resume_from is not None:
         start = resume_from.step
         with torch.no_grad():
             for name, parameter in trainable(student).items():
                 parameter.copy_(resume_from.parameters[name])
-        optimizer.load_state_dict(resume_from.optimizer)
+        training_step.load_state_dict(resume_from.optimizer)
         restore_rng(resume_from.rng)
 
     losses: list[float] = resume_from.losses if resume_from is not None else []
@@ -274,7 +271,7 @@ def train_stage(stage: Stage, context: StageContext, resume_from: TrainingState 
                 recipe_fingerprint=context.recipe_fingerprint,
                 teacher_fingerprint=context.teacher_fingerprint,
                 parameters={name: p.detach() for name, p in trainable(student).items()},
-                optimizer=optimizer.state_dict(),
+                optimizer=training_step.state_dict(),
                 rng=capture_rng(),
                 data_index=_first_sequence(context, settings, step),
                 losses=losses[-10:],
@@ -283,49 +280,51 @@ def train_stage(stage: Stage, context: StageContext, resume_from: TrainingState 
             save_checkpoint(context.checkpoints, state, keep=context.recipe.checkpoint.keep)
         workers.wait()
 
-    requests = [_request(context, settings, step) for step in range(start, settings.steps)]
     started = time.perf_counter()
+
+    def report(step: int, batch: Batch, measured: Measured) -> None:
+        """Log a step once it is done, or stop the run there."""
+        nonlocal started
+        values = measured.tensors()
+        if not measured.is_finite():
+            raise _not_finite(training_step, stage, step, values, batch)
+        losses.append(values["loss"].item())
+        now = time.perf_counter()
+        seconds, started = now - started, now
+        tokens = batch.input_ids.numel() * workers.count
+        row: dict[str, Any] = {
+            **{name: value.tolist() for name, value in values.items()},
+            "learning_rate": settings.learning_rate * learning_rate_factor(step, settings),
+            "tokens": tokens,
+            "tokens_per_s": tokens / seconds,
+            "seconds": seconds,
+            "peak_memory_bytes": peak_memory_bytes(workers.device),
+        }
+        if context.log is not None:
+            context.log.write(stage.number, step + 1, row)
+        if context.progress is not None:
+            shown = {"loss": losses[-1], "tokens/s": row["tokens_per_s"]}
+            context.progress(f"stage {stage.number}: {stage.title}", step + 1, settings.steps, shown)
+
+    requests = [_request(context, settings, step) for step in range(start, settings.steps)]
+    queued: deque[tuple[int, Batch, Measured]] = deque()
     with context.interruption.after_step():
         batches = context.mixture.batches(requests, ahead=workers.device.type != "cpu")
         for step, batch in enumerate(batches, start):
-            batch = batch.to(workers.device)
-            factor = learning_rate_factor(step, settings)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * factor
-
-            watches_gates = step % _GATE_STATISTICS_EVERY == 0 or step == settings.steps - 1
-            gates = GateStatistics()
-            with gates.watching(student) if watches_gates else contextlib.nullcontext():
-                measured = stage.backward(batch, workers)
-            measured = {name: workers.sum(value.float()) for name, value in measured.items()}
-            workers.sum_gradients(parameters)
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-            _check_finite(stage, step, measured, grad_norm, student, batch.input_ids)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-            loss = measured["loss"].item()
-            losses.append(loss)
-            now = time.perf_counter()
-            seconds, started = now - started, now
-            row: dict[str, Any] = {
-                **{name: value.tolist() for name, value in measured.items()},
-                "grad_norm": float(grad_norm),
-                "learning_rate": settings.learning_rate * factor,
-                "tokens": batch.input_ids.numel() * workers.count,
-                "tokens_per_s": batch.input_ids.numel() * workers.count / seconds,
-                "seconds": seconds,
-                "peak_memory_bytes": peak_memory_bytes(workers.device),
-                **gates.summary(),
-            }
-            if context.log is not None:
-                context.log.write(stage.number, step + 1, row)
-            if context.progress is not None:
-                shown = {"loss": loss, "tokens/s": row["tokens_per_s"]}
-                context.progress(f"stage {stage.number}: {stage.title}", step + 1, settings.steps, shown)
+            measured = training_step(
+                batch,
+                learning_rate_factor=learning_rate_factor(step, settings),
+                watches_gates=step % _GATE_STATISTICS_EVERY == 0 or step == settings.steps - 1,
+            )
+            queued.append((step, batch, measured))
+            # While a GPU does a step, the one before it is looked at and the next is queued.
+            if len(queued) > int(training_step.is_queued):
+                report(*queued.popleft())
             stopping = workers.any(context.interruption.requested)
             is_due = (step + 1) % context.recipe.checkpoint.every_steps == 0
             if is_due or stopping or step + 1 == settings.steps:
+                while queued:
+                    report(*queued.popleft())
                 save(step + 1)
             if stopping:
                 raise KeyboardInterrupt
@@ -364,22 +363,21 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _check_finite(
-    stage: Stage,
-    step: int,
-    measured: dict[str, Tensor],
-    grad_norm: Tensor,
-    student: LawcatForCausalLM,
-    input_ids: Tensor,
-) -> None:
-    """Stop the run before the optimizer sees a number that is not one, and name the layer it came from."""
-    if torch.isfinite(grad_norm) and all(bool(torch.isfinite(v).all()) for v in measured.values()):
-        return
-    where = _first_layer_not_finite(measured, student, input_ids)
+def _not_finite(
+    training_step: TrainingStep, stage: Stage, step: int, values: dict[str, Tensor], batch: Batch
+) -> TrainingError:
+    """Return the error of a step whose numbers are not all finite, which names the layer they came from.
+
+    The parameters are still those of that step.
+    """
+    batch = batch.to(next(stage.student.parameters()).device)
+    where = _first_layer_not_finite(values, stage.student, batch.input_ids)
     what = f"loss is not finite, first in {where}"
     if where is None:
-        what = f"gradient is not finite{_where_gradient(student)}"
-    raise TrainingError(
+        if training_step.is_queued:  # the gradients are no more there
+            training_step.compute_gradients(batch)
+        what = f"gradient is not finite{_where_gradient(stage.student)}"
+    return TrainingError(
         f"stage {stage.number}, step {step + 1}: the {what}. Checkpoints from before that are kept. The same "
         "recipe would come to the same end: begin anew in another output directory with a lower learning "
         "rate or a smaller max_grad_norm, or with precision: float32."

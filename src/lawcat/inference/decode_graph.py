@@ -60,10 +60,12 @@ class CudaGraph:
 
     Args:
         device: The device.
+        pool: Memory that it shares with other graphs, from ``torch.cuda.graph_pool_handle``; its own when
+            None. Of those that share, one is replayed at a time.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, *, pool: Any = None) -> None:
+        self._device, self._pool = device, pool
         self._graph = torch.cuda.CUDAGraph()
         self._output: Any = None
 
@@ -82,7 +84,7 @@ class CudaGraph:
         with (
             torch.cuda.device(self._device),
             # Other threads may use the GPU meanwhile.
-            torch.cuda.graph(self._graph, capture_error_mode="thread_local"),
+            torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"),
         ):
             self._output = function()
 

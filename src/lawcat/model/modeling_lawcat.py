@@ -207,11 +207,13 @@ class LawcatModel(LawcatPreTrainedModel):
             self._check_cache(past_key_values)
         elif use_cache:
             past_key_values = self.new_cache()
+        # transformers looks for packed sequences at positions, which waits for a GPU: only at those given.
+        given_positions = position_ids
         if position_ids is None:
             past_tokens = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_tokens
             position_ids = position_ids.unsqueeze(0)
-        masks = self._masks(attention_mask, inputs_embeds, position_ids, past_key_values)
+        masks = self._masks(attention_mask, inputs_embeds, given_positions, past_key_values)
         has_softmax = self.config.sliding_window is not None or FULL in masks
         needs_positions = self.config.linear_rope or has_softmax
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids) if needs_positions else None
@@ -234,7 +236,7 @@ class LawcatModel(LawcatPreTrainedModel):
         self,
         attention_mask: Tensor | dict[str, Tensor] | None,
         inputs_embeds: Tensor,
-        position_ids: Tensor,
+        position_ids: Tensor | None,
         past_key_values: Cache | None,
     ) -> dict[str, Tensor | None]:
         """Return the mask of each type of layer that this model has."""

@@ -1,0 +1,165 @@
+"""Training steps as CUDA graphs: one launch for a whole step, instead of ten thousand.
+
+A small model's step takes the GPU less time than Python takes to launch its kernels. A graph repeats what it
+has captured at the same addresses, so a batch is first copied to where the captured one lay.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lawcat.distill.sequence import Batch
+from lawcat.errors import ConfigurationError
+from lawcat.inference.decode_graph import CudaGraph
+from lawcat.ops import choose_backend
+
+ENVIRONMENT_VARIABLE = "LAWCAT_CUDA_GRAPHS"
+
+# The first steps of a shape run as they are: kernels are compiled then, libraries make their handles, and the
+# optimizer its state.
+STEPS_BEFORE_CAPTURE = 2
+# Each holds its gradients and results, and a graph of tens of thousands of launches.
+_MOST_GRAPHS = 16
+
+
+class Graph(Protocol):
+    """What repeats a function's work; ``CudaGraph`` is one."""
+
+    def capture(self, function: Callable[[], Any]) -> None:
+        """Take note of what the function does; whether that is done now as well is open."""
+
+    def replay(self) -> Any:
+        """Do it, and return what the function returned."""
+
+
+def graphs_for(device: torch.device, num_processes: int) -> Callable[[], Graph] | None:
+    """Return what makes graphs of training steps, or None where steps run as they are.
+
+    The environment variable ``LAWCAT_CUDA_GRAPHS=off`` turns graphs off. Several processes exchange
+    gradients, which is not captured.
+
+    Args:
+        device: Where training runs.
+        num_processes: How many train together.
+
+    Raises:
+        ConfigurationError: where the variable is neither ``auto`` nor ``off``.
+    """
+    wanted = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    if wanted not in ("auto", "off"):
+        raise ConfigurationError(f"{ENVIRONMENT_VARIABLE}={wanted!r} is neither 'auto' nor 'off'.")
+    if wanted == "off" or device.type != "cuda" or num_processes > 1:
+        return None
+    pool = torch.cuda.graph_pool_handle()
+    return lambda: CudaGraph(device, pool=pool)
+
+
+@dataclass(frozen=True)
+class _Captured:
+    graph: Graph
+    batch: Batch
+
+
+class StepGraphs:
+    """Runs a function of a batch, and from a graph once batches of a shape have come a few times.
+
+    Args:
+        function: Its work must be the same for all batches of a shape. Its result is one of tensors, which
+            the next call may write over.
+        device: Where the batch goes.
+        make_graph: Makes an unused graph, of one pool of memory with those before; None runs the function.
+
+    Example:
+        >>> graphs = StepGraphs(lambda batch, flag: batch.input_ids.sum(), torch.device("cpu"))
+        >>> ids = torch.tensor([[1, 2]])
+        >>> graphs(Batch(ids, torch.ones(1, 2), ids > 1, ("text",)))
+        tensor(3)
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Batch, bool], Any],
+        device: torch.device,
+        make_graph: Callable[[], Graph] | None = None,
+    ) -> None:
+        self._function, self._device, self._make_graph = function, device, make_graph
+        self._seen: Counter[object] = Counter()
+        self._captured: dict[object, _Captured] = {}
+        self._inputs: dict[object, Batch] = {}
+
+    def __call__(self, batch: Batch, flag: bool = False) -> Any:
+        """Return the function's result for a batch, which may be on the CPU.
+
+        Args:
+            batch: What the function reads.
+            flag: Handed to the function; its work may be another for each of the two.
+        """
+        shape = tuple((t.shape, t.dtype) for t in _tensors(batch))
+        backend = choose_backend("auto", self._device.type)
+        key = shape, flag, backend
+        captured = self._captured.get(key)
+        # The definition of the operator, token by token, is too much of a graph.
+        if captured is None and backend != "reference" and self._is_due(key):
+            captured = self._capture(key, self._static_batch(shape, batch), flag)
+        if captured is None:
+            self._seen[key] += 1
+            return self._function(_on_device(batch, self._device), flag)
+        _copy(batch, captured.batch)
+        return captured.graph.replay()
+
+    @property
+    def num_graphs(self) -> int:
+        """How many graphs there are."""
+        return len(self._captured)
+
+    def _is_due(self, key: object) -> bool:
+        if self._make_graph is None or len(self._captured) >= _MOST_GRAPHS:
+            return False
+        return self._seen[key] >= STEPS_BEFORE_CAPTURE
+
+    def _static_batch(self, shape: object, batch: Batch) -> Batch:
+        """Return the tensors that every graph of a shape reads."""
+        if shape not in self._inputs:
+            # Its values now: what is captured may be looked at, as an index, before the first copy.
+            ids, weight, is_answer = (t.to(self._device, copy=True) for t in _tensors(batch))
+            self._inputs[shape] = Batch(ids, weight, is_answer, batch.sources)
+        return self._inputs[shape]
+
+    def _capture(self, key: object, batch: Batch, flag: bool) -> _Captured | None:
+        assert self._make_graph is not None
+        graph = self._make_graph()
+        try:
+            graph.capture(lambda: self._function(batch, flag))
+        except Exception as error:  # what is captured may not wait for the GPU, for one
+            self._make_graph = None
+            warnings.warn(f"training goes on without CUDA graphs: {error}", stacklevel=4)
+            return None
+        self._captured[key] = _Captured(graph, batch)
+        return self._captured[key]
+
+
+def _on_device(batch: Batch, device: torch.device) -> Batch:
+    ids, weight, is_answer = (_pinned(t).to(device, non_blocking=True) for t in _tensors(batch))
+    return Batch(ids, weight, is_answer, batch.sources)
+
+
+def _copy(batch: Batch, to: Batch) -> None:
+    for tensor, place in zip(_tensors(batch), _tensors(to), strict=True):
+        place.copy_(_pinned(tensor), non_blocking=True)
+
+
+def _tensors(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    return batch.input_ids, batch.loss_weight, batch.is_answer
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """Return a CPU tensor in memory that a GPU reads by itself, so that a copy need not be waited for."""
+    return tensor.pin_memory() if tensor.device.type == "cpu" and torch.cuda.is_available() else tensor

@@ -1,0 +1,184 @@
+"""One step of either stage: gradients, clipping, the optimizer, and what is measured.
+
+On a GPU nothing here waits for it: a step is queued while the one before it runs. Whether losses and
+gradients are finite is therefore decided on the GPU, too: after a number that is not one, no step changes a
+parameter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lawcat.distill.gate_statistics import GateStatistics
+from lawcat.distill.sequence import Batch
+from lawcat.distill.step_graph import Graph, StepGraphs, graphs_for
+
+if TYPE_CHECKING:
+    from lawcat.distill.trainer import Stage, Workers
+
+GRADIENT_NORM = "grad_norm"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a step measured, on its way from the device.
+
+    Args:
+        values: All numbers in one tensor, on the CPU once ``arrived`` has returned.
+        shapes: Name and shape of what is in it, one after the other.
+        num_losses: How many of those decide whether the step is finite.
+        arrived: Waits until the numbers are there.
+    """
+
+    values: Tensor
+    shapes: tuple[tuple[str, torch.Size], ...]
+    num_losses: int
+    arrived: Callable[[], object] = lambda: None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the numbers by name, on the CPU, once they are there."""
+        self.arrived()
+        pieces = torch.split(self.values, [math.prod(shape) for _, shape in self.shapes])
+        return {name: piece.view(shape) for (name, shape), piece in zip(self.shapes, pieces, strict=True)}
+
+    def is_finite(self) -> bool:
+        """Return whether all losses and the gradient are, once they are there."""
+        return all(bool(torch.isfinite(t).all()) for t in list(self.tensors().values())[: self.num_losses])
+
+
+class TrainingStep:
+    """Trains a stage, a batch at a time.
+
+    Args:
+        stage: What to train.
+        workers: The processes that train together.
+        is_queued: Whether steps are queued without a look at their outcome; on a GPU when None.
+        make_graph: Makes graphs that repeat a step; as ``graphs_for`` says when None.
+
+    Attributes:
+        parameters: Those that train.
+        is_queued: See above.
+
+    Example:
+        >>> step = TrainingStep(stage, workers)  # doctest: +SKIP
+        >>> step(batch, learning_rate_factor=0.5).tensors()["loss"]  # doctest: +SKIP
+        tensor(0.7139)
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        workers: Workers,
+        *,
+        is_queued: bool | None = None,
+        make_graph: Callable[[], Graph] | None = None,
+    ) -> None:
+        self._stage, self._workers = stage, workers
+        device = workers.device
+        self.is_queued = device.type == "cuda" if is_queued is None else is_queued
+        make_graph = make_graph or graphs_for(device, workers.count)
+        settings = stage.settings
+        groups = stage.parameter_groups()
+        self.parameters: list[Tensor] = [p for group in groups for p in group["params"]]
+        # A graph reads the learning rate where it lay when it was captured.
+        self._rates = [torch.zeros((), device=device) for _ in groups] if self.is_queued else None
+        self._options: dict[str, Any] = {}
+        if self.is_queued:
+            self._options = {"fused": True, "capturable": make_graph is not None}
+        self._optimizer = torch.optim.AdamW(
+            [{"params": g["params"], "lr": g["peak"], "peak": g["peak"]} for g in groups],
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            **self._options,
+        )
+        self._is_broken = torch.zeros((), device=device)
+        if self.is_queued:
+            # The fused kernel leaves all as it is where this is 1; gradient scaling made it so.
+            self._optimizer.found_inf = self._is_broken  # type: ignore[attr-defined]
+            self._optimizer._warned_capturable_if_run_uncaptured = True
+        self._graphs = StepGraphs(self._work, device, make_graph)
+
+    def __call__(self, batch: Batch, *, learning_rate_factor: float, watches_gates: bool = False) -> Measured:
+        """Do a step, or queue it, and return what it measures; parameters stay where that is not finite.
+
+        Args:
+            batch: This process's sequences, on any device.
+            learning_rate_factor: Learning rates over their peaks.
+            watches_gates: Whether gate statistics are taken.
+        """
+        self._set_learning_rates(learning_rate_factor)
+        values, shapes, num_losses = self._graphs(batch, watches_gates)
+        if not self.is_queued:
+            measured = Measured(values, shapes, num_losses)
+            if measured.is_finite():
+                self._optimizer.step()
+                self._optimizer.zero_grad(set_to_none=True)
+            return measured
+        if values.device.type != "cuda":
+            return Measured(values.clone(), shapes, num_losses)
+        copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        copy.copy_(values, non_blocking=True)
+        there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        there.record()
+        return Measured(copy, shapes, num_losses, there.synchronize)
+
+    @property
+    def num_graphs(self) -> int:
+        """How many kinds of steps are replayed."""
+        return self._graphs.num_graphs
+
+    def compute_gradients(self, batch: Batch) -> None:
+        """Set the gradients to those of a batch, and leave all else as it is."""
+        self._optimizer.zero_grad(set_to_none=True)
+        self._stage.backward(batch.to(self._workers.device), self._workers)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the optimizer's state, the same on any device."""
+        state = self._optimizer.state_dict()
+        for group in state["param_groups"]:
+            group |= {"lr": float(group["lr"]), "fused": None, "capturable": False}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` returned, also on another device."""
+        groups = [{**group, **self._options} for group in state["param_groups"]]
+        self._optimizer.load_state_dict({**state, "param_groups": groups})
+
+    def _set_learning_rates(self, factor: float) -> None:
+        for index, group in enumerate(self._optimizer.param_groups):
+            rate = group["peak"] * factor
+            if self._rates is None:
+                group["lr"] = rate
+            else:
+                group["lr"] = self._rates[index].fill_(rate)
+
+    def _work(
+        self, batch: Batch, watches_gates: bool
+    ) -> tuple[Tensor, tuple[tuple[str, torch.Size], ...], int]:
+        """Compute gradients and, where steps are queued, move the parameters: what a graph repeats."""
+        if self.is_queued:  # what a capture that failed has left
+            self._optimizer.zero_grad(set_to_none=True)
+        gates = GateStatistics()
+        with gates.watching(self._stage.student) if watches_gates else contextlib.nullcontext():
+            losses = self._stage.backward(batch, self._workers)
+        measured = {name: self._workers.sum(value.float()) for name, value in losses.items()}
+        self._workers.sum_gradients(self.parameters)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self._stage.settings.max_grad_norm)
+        measured[GRADIENT_NORM] = norm.float()
+        num_losses = len(measured)
+        losses_and_norm = torch.cat([t.flatten() for t in measured.values()])
+        if self.is_queued:
+            is_broken = ~torch.isfinite(losses_and_norm).all()
+            self._is_broken.copy_(torch.maximum(self._is_broken, is_broken.float()))
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+        measured |= gates.tensors()
+        values = torch.cat([t.flatten() for t in measured.values()])
+        return values, tuple((name, t.shape) for name, t in measured.items()), num_losses
