@@ -294,10 +294,11 @@ def training(arguments: argparse.Namespace) -> None:
 
 # What the sweep tries: warps, stages, registers. Kernels are timed one by one, so that the i-th of each list
 # can run together.
-FEATURES = [  # these and taps in one product, chunks of a program
-    (4, 1, None, 4, 4), (4, 2, None, 4, 4), (4, 1, None, 2, 4), (4, 1, None, 1, 4), (4, 1, None, 4, 1),
-    (4, 1, None, 4, 16), (4, 1, 128, 4, 4), (4, 1, 96, 4, 4), (8, 1, None, 4, 4), (8, 1, 128, 2, 4),
-    (4, 2, None, 2, 16), (4, 1, 168, 2, 4),
+FEATURES = [  # these and taps in one product, chunks of a program, heads of q and of k together
+    (4, 1, None, 4, 4, 1, 1), (4, 1, 128, 4, 4, 1, 1), (4, 1, None, 4, 4, 2, 1), (4, 1, None, 4, 4, 1, 2),
+    (4, 1, None, 4, 4, 1, 4), (4, 1, 128, 2, 4, 1, 2), (4, 1, 128, 2, 4, 2, 1), (4, 1, None, 2, 8, 2, 4),
+    (4, 1, 168, 2, 4, 2, 2), (4, 1, None, 2, 4, 1, 1), (4, 1, None, 2, 4, 1, 2), (4, 1, None, 2, 4, 2, 1),
+    (4, 1, 168, 4, 4, 2, 4),
 ]  # fmt: skip
 STATE = [(4, 1, None), (4, 2, None), (4, 3, None), (8, 2, None), (4, 4, None)]
 OUTPUT = [(4, 2, None), (4, 3, None), (4, 2, 168), (4, 2, 128), (8, 2, None), (4, 1, None), (8, 3, None)]
@@ -319,12 +320,13 @@ def prepared_candidates(shape: Shape) -> list[Configuration]:
     for values in (64, 128)[: shape.width // 64]:
         chunk = 64
         for i in range(max(len(FEATURES), len(STATE), len(OUTPUT))):
-            *features, taps, run = FEATURES[i % len(FEATURES)]
+            *features, taps, run, queries, keys = FEATURES[i % len(FEATURES)]
             found.append(
                 replace(
                     table_configuration(shape), is_prepared=True, chunk=chunk, value_block=values,
                     sub_block=sub_block_tokens(-2.5, chunk), segment=max(chunk, 256),
                     features=Tuning(*features), feature_taps=taps, feature_chunks=run,
+                    query_heads=queries, key_heads=keys,
                     state=Tuning(*STATE[i % len(STATE)]), output=Tuning(*OUTPUT[i % len(OUTPUT)]),
                 )
             )  # fmt: skip
@@ -385,7 +387,8 @@ def brief(c: Configuration) -> str:
     if c.is_prepared:
         return (
             f"prepared, chunk {c.chunk}, segment {c.segment}, values {c.value_block}, "
-            f"features {tuning(c.features)} taps {c.feature_taps} run {c.feature_chunks}, "
+            f"features {tuning(c.features)} taps {c.feature_taps} run {c.feature_chunks} "
+            f"heads {c.query_heads} {c.key_heads}, "
             f"state {tuning(c.state)}, output {tuning(c.output)}"
         )
     return (

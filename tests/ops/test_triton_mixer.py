@@ -122,7 +122,14 @@ def test_heads(heads: int, kv_heads: int, state_heads: int) -> None:
     ("fields", "configuration"),
     [
         ({"heads": 4, "kv_heads": 1, "state_heads": 2, "width": 32}, {"segment": 32, "value_block": 16}),
-        ({"kv_heads": 1, "state_heads": 2}, {"feature_chunks": 1, "feature_taps": 1}),
+        (
+            {"heads": 4, "kv_heads": 1, "state_heads": 4},
+            {"feature_chunks": 1, "feature_taps": 1, "query_heads": 2, "key_heads": 4},
+        ),
+        (
+            {"heads": 4, "kv_heads": 1, "state_heads": 4, "has_state": False},
+            {"feature_taps": 2, "query_heads": 4, "key_heads": 4},
+        ),
         ({"width": 12, "feature_dim": 20, "has_state": False, "normalize": False}, {"feature_taps": 2}),
         ({"gate_scale": 300.0, "min_log_decay": -10.0, "gate_width": 1}, {"chunk": 32, "segment": 64}),
         ({"gate_scale": 20.0, "min_log_decay": -40.0, "gate_is_logit": False}, {}),

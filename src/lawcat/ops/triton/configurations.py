@@ -52,6 +52,8 @@ class Configuration:
         features: Of that kernel.
         feature_chunks: Chunks of a head that one of its programs makes.
         feature_taps: Taps of the convolution in one of its products, a power of two.
+        query_heads: The most heads of q that one of its programs makes: they share a gate.
+        key_heads: The most of k: they share a gate and their inputs.
     """
 
     chunk: int
@@ -66,6 +68,8 @@ class Configuration:
     features: Tuning = Tuning(4)
     feature_chunks: int = 4
     feature_taps: int = 4
+    query_heads: int = 1
+    key_heads: int = 1
 
 
 def sub_block_tokens(min_log_decay: float, chunk: int) -> int:

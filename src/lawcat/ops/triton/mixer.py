@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -458,11 +459,17 @@ def _features(
     sums = allocate((chunks, heads, width), dtype=torch.float32, device=x.device) if is_key else None
     padded_taps = 1 << max(shape["TAPS"] - 1, 0).bit_length()
     run = configuration.feature_chunks
+    if not is_key:
+        group = math.gcd(configuration.query_heads, heads // shape["GATE_HEADS"])
+    elif before is None:
+        group = math.gcd(configuration.key_heads, heads // max(x.shape[2], shape["GATE_HEADS"]))
+    else:
+        group = 1  # each head has inputs of its own from before
     launch(
-        feature_kernel, plan.all_segments * -(-plan.chunks_of_segment // run) * heads,
+        feature_kernel, plan.all_segments * -(-plan.chunks_of_segment // run) * (heads // group),
         x, taps, before, plan.inputs.map_weight, plan.inputs.keep, plan.table, centred, features, sums,
         *plan.size, plan.chunks_of_segment,
-        X_HEADS=x.shape[2], HEADS=heads, TAPS_P=padded_taps, IS_KEY=is_key, RUN=run,
+        X_HEADS=x.shape[2], HEADS=heads, TAPS_P=padded_taps, IS_KEY=is_key, GROUP=group, RUN=run,
         BLOCK=min(configuration.feature_taps, padded_taps),
         **plan.constants(
             "N", "GATE_HEADS", "D", "F", "DP", "FP", "C", "TAPS", "HAS_BEFORE", "HAS_MAP", "MASKED", "PACKED",

@@ -156,12 +156,12 @@ def load_tap_inputs(
 
 
 @triton.jit
-def decayed_half(p, centred, SIGN: tl.constexpr, FP: tl.constexpr, F: tl.constexpr):
-    """Return softmax(p) of rows of FP/2 exponents to the base 2, times 2^(SIGN centred)."""
+def softmax_half(p, F: tl.constexpr, FP: tl.constexpr):
+    """Return the softmax of rows of FP/2 exponents to the base 2."""
     if F != FP:
         p = tl.where((tl.arange(0, FP // 2) < F // 2)[None, :], p, float("-inf"))
     e = tl.exp2(p - tl.max(p, axis=1)[:, None])
-    return e * (1.0 / tl.sum(e, axis=1))[:, None] * tl.exp2(SIGN * centred)
+    return e * (1.0 / tl.sum(e, axis=1))[:, None]
 
 
 @triton.jit
@@ -181,63 +181,76 @@ def feature_kernel(
     tokens, num_segments, segment_tokens, num_chunks,
     X_HEADS: tl.constexpr, HEADS: tl.constexpr, N: tl.constexpr, GATE_HEADS: tl.constexpr,
     D: tl.constexpr, F: tl.constexpr, DP: tl.constexpr, FP: tl.constexpr, C: tl.constexpr,
-    TAPS: tl.constexpr, TAPS_P: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr,
+    TAPS: tl.constexpr, TAPS_P: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr,
     IS_KEY: tl.constexpr, HAS_BEFORE: tl.constexpr, HAS_MAP: tl.constexpr, MASKED: tl.constexpr,
     PACKED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Write the decayed features of q, or of k and their sums. One program a run of RUN chunks and a head.
+    """Write the decayed features of q, or of k and their sums. One program RUN chunks and GROUP heads.
 
-    Keys are decayed by 2^(r - b) and zero where there is padding, queries by 2^(b - r).
+    Keys are decayed by 2^(r - b) and zero where there is padding, queries by 2^(b - r). The heads of a group
+    share a gate, and those of keys their inputs.
     """
     program = tl.program_id(0)
-    head = program % HEADS
+    first_head = program % (HEADS // GROUP) * GROUP
     runs = tl.cdiv(num_chunks, RUN)
-    segment = program // (HEADS * runs)
-    first_chunk = (program // HEADS) % runs * RUN
+    segment = program // (HEADS // GROUP * runs)
+    first_chunk = (program // (HEADS // GROUP)) % runs * RUN
     first_row, start, stop, sequence, _ = locate_segment(
         segment, tokens, num_segments, segment_tokens, table, PACKED
     )
-    n = head // (HEADS // N)
-    x_head = head // (HEADS // X_HEADS)
-    gate_head = n // (N // GATE_HEADS)
+    gate_head = first_head // (HEADS // GATE_HEADS)
     sign: tl.constexpr = -1.0 if IS_KEY else 1.0
     half: tl.constexpr = FP // 2
+    parts: tl.constexpr = TAPS_P // BLOCK
     i = tl.arange(0, C)
     f = tl.arange(0, half)
     chunks = tl.minimum(tl.cdiv(stop - start, C), num_chunks)
     operand: tl.constexpr = DOT if DOT.is_fp32() else x.dtype.element_ty
     if HAS_MAP:
         weights = ()
-        for first_tap in tl.static_range(0, TAPS_P, BLOCK):
-            weight = load_tap_weights(map_weight, taps, head, n, first_tap, D, F, DP, FP, TAPS, BLOCK)
+        for part in tl.static_range(0, GROUP * parts):
+            head = first_head + part // parts
+            weight = load_tap_weights(
+                map_weight, taps, head, head // (HEADS // N), part % parts * BLOCK, D, F, DP, FP, TAPS, BLOCK
+            )
             weights = weights + (weight.to(operand),)  # type: ignore[assignment]  # noqa: RUF005
     for index in range(first_chunk, tl.minimum(first_chunk + RUN, chunks)):
         t0 = start + index * C
         chunk = segment * num_chunks + index
         place = centred + (chunk * GATE_HEADS + gate_head).to(tl.int64) * (C * FP)
         place += i[:, None] * FP + f[None, :]
-        tile = chunk * HEADS + head
-        if HAS_MAP:
-            p = tl.zeros([C, half], tl.float32)
-            for part in tl.static_range(0, TAPS_P // BLOCK):
-                inputs = load_tap_inputs(
-                    x, first_row, t0, stop, x_head, keep, before, sequence, head, part * BLOCK,
-                    X_HEADS, HEADS, D, DP, C, TAPS, BLOCK, HAS_BEFORE, MASKED,
-                )  # fmt: skip
-                p = tl.dot(inputs.to(operand), weights[part], p, input_precision=PRECISION)
-            first = decayed_half(p, tl.load(place), sign, FP, F)
-            second = decayed_half(-p, tl.load(place + half), sign, FP, F)
-        else:
-            base = x + (first_row + t0) * (X_HEADS * F) + x_head * F
-            base += i[:, None] * (X_HEADS * F) + f[None, :]
-            inside = (t0 + i < stop)[:, None] & (f < F // 2)[None, :]
-            first = tl.load(base, mask=inside, other=0.0) * tl.exp2(sign * tl.load(place))
-            second = tl.load(base + F // 2, mask=inside, other=0.0) * tl.exp2(sign * tl.load(place + half))
+        first_decay = tl.exp2(sign * tl.load(place))
+        second_decay = tl.exp2(sign * tl.load(place + half))
         if IS_KEY:
-            first = without_padding(first, first_row, t0, stop, keep, C, MASKED)
-            second = without_padding(second, first_row, t0, stop, keep, C, MASKED)
-        store_half(features, sums, first, tile, 0, C, FP, IS_KEY)
-        store_half(features, sums, second, tile, 1, C, FP, IS_KEY)
+            first_decay = without_padding(first_decay, first_row, t0, stop, keep, C, MASKED)
+            second_decay = without_padding(second_decay, first_row, t0, stop, keep, C, MASKED)
+        inputs = ()
+        for j in tl.static_range(0, GROUP):
+            head = first_head + j
+            x_head = head // (HEADS // X_HEADS)
+            if HAS_MAP:
+                if not IS_KEY or j == 0:
+                    inputs = ()
+                    for part in tl.static_range(0, parts):
+                        tile = load_tap_inputs(
+                            x, first_row, t0, stop, x_head, keep, before, sequence, head, part * BLOCK,
+                            X_HEADS, HEADS, D, DP, C, TAPS, BLOCK, HAS_BEFORE, MASKED,
+                        )  # fmt: skip
+                        inputs = inputs + (tile.to(operand),)  # type: ignore[assignment]  # noqa: RUF005
+                p = tl.zeros([C, half], tl.float32)
+                for part in tl.static_range(0, parts):
+                    p = tl.dot(inputs[part], weights[j * parts + part], p, input_precision=PRECISION)
+                first = softmax_half(p, F, FP)
+                second = softmax_half(-p, F, FP)
+            else:
+                base = x + (first_row + t0) * (X_HEADS * F) + x_head * F
+                base += i[:, None] * (X_HEADS * F) + f[None, :]
+                inside = (t0 + i < stop)[:, None] & (f < F // 2)[None, :]
+                first = tl.load(base, mask=inside, other=0.0)
+                second = tl.load(base + F // 2, mask=inside, other=0.0)
+            tile = chunk * HEADS + head
+            store_half(features, sums, first * first_decay, tile, 0, C, FP, IS_KEY)
+            store_half(features, sums, second * second_decay, tile, 1, C, FP, IS_KEY)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
