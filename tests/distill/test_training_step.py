@@ -1,0 +1,409 @@
+"""Steps that are queued, and repeated by graphs: the same as steps that are not; on a CPU by an object that
+runs the work again."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import os
+import signal
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import TinyRun, assert_same_student, on_one_processor
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from comparison import assert_near
+from lawcat.convert.initialize import cast_teacher_weights, convert, is_new_parameter
+from lawcat.distill import losses, step_graph, trainer
+from lawcat.distill.recipe import AttentionTransferSettings, RecoverySettings
+from lawcat.distill.recovery import RecoveryModel
+from lawcat.distill.sequence import Batch
+from lawcat.distill.step_graph import StepGraphs, graphs_for
+from lawcat.distill.trainer import AttentionTransferStage, RecoveryStage, Stage, Workers
+from lawcat.distill.training_log import read_log
+from lawcat.distill.training_step import TrainingStep
+from lawcat.errors import ConfigurationError, TrainingError
+from tiny_teachers import random_ids, tiny_teacher
+
+HAS_GPU = torch.cuda.is_available()
+CPU = torch.device("cpu")
+T = 16
+
+
+class OneProcess:
+    num_processes, process_index, is_main_process = 1, 0, True
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+
+class Repetition:
+    """A graph that runs the function again."""
+
+    def capture(self, function: Callable[[], Any]) -> None:
+        self.function = function
+
+    def replay(self) -> Any:
+        return self.function()
+
+
+def make_stage(number: int, device: torch.device = CPU, **settings: Any) -> Stage:
+    student, _ = convert(tiny_teacher(tie_word_embeddings=True))
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if is_new_parameter(name):
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    student.to(device)
+    if device.type == "cuda":
+        cast_teacher_weights(student, torch.bfloat16)
+    if number == 1:
+        return AttentionTransferStage(student, AttentionTransferSettings(**settings))
+    recovery = RecoverySettings(lora_rank=2, carried_segments=2, **settings)
+    return RecoveryStage(RecoveryModel(student, recovery), recovery, T)
+
+
+def make_step(stage: Stage, device: torch.device = CPU, **options: Any) -> TrainingStep:
+    return TrainingStep(stage, Workers(OneProcess(device)), **options)
+
+
+def random_batch(seed: int, rows: int = 2, segments: int = 1) -> Batch:
+    ids = random_ids(rows, T * segments, seed=seed)
+    weight = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed))
+    weight[:, ::5] = 0.0
+    return Batch(ids, weight, torch.zeros(ids.shape, dtype=torch.bool), ("text",) * rows)
+
+
+def batches_of(number: int, count: int = 13) -> list[Batch]:
+    """Return batches of two shapes, and one of another among them; in stage 2 some carry a state over."""
+    made = [random_batch(seed, segments=1 + seed % 2 if number == 2 else 1) for seed in range(count)]
+    return [*made[:5], random_batch(100, rows=1), *made[5:]]
+
+
+def train(step: TrainingStep, batches: list[Batch]) -> list[dict[str, Tensor]]:
+    """Return what each step measured, looked at after all are queued."""
+    measured = [
+        step(batch, learning_rate_factor=0.5 + 0.05 * i, watches_gates=i % 3 == 0)
+        for i, batch in enumerate(batches)
+    ]
+    return [one.tensors() for one in measured]
+
+
+def graphs_of(batches: list[Batch]) -> int:
+    """Return how many kinds of steps in ``train`` come more than twice."""
+    kinds = Counter((batch.input_ids.shape, i % 3 == 0) for i, batch in enumerate(batches))
+    many = sum(count > 2 for count in kinds.values())
+    assert many >= 2
+    return many
+
+
+def parameters_of(stage: Stage) -> dict[str, Tensor]:
+    return {name: p.detach().cpu().clone() for name, p in stage.student.named_parameters() if p.requires_grad}
+
+
+def assert_same_steps(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> None:
+    for i, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
+        assert mine.keys() == theirs.keys()
+        for name, value in mine.items():
+            assert torch.equal(value, theirs[name]), (i, name)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_replayed_steps_are_the_steps(number: int) -> None:
+    stage = make_stage(number)
+    expected = train(make_step(stage, is_queued=True), batches_of(number))
+    again = make_stage(number)
+    step = make_step(again, is_queued=True, make_graph=Repetition)
+    found = train(step, batches_of(number))
+    assert_same_steps(found, expected)
+    for name, value in parameters_of(again).items():
+        assert torch.equal(value, parameters_of(stage)[name]), name
+    assert step.num_graphs == graphs_of(batches_of(number))
+    assert {"loss", "grad_norm"} <= found[0].keys()
+    assert "gate_saturated_share" in found[0]
+    assert "gate_saturated_share" not in found[1]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_queued_steps_are_the_steps(number: int) -> None:
+    """The fused optimizer differs in roundings only, and so do losses over all tokens and over those used."""
+    stage, queued = make_stage(number), make_stage(number)
+    before = parameters_of(stage)
+    expected = train(make_step(stage), batches_of(number))
+    found = train(make_step(queued, is_queued=True), batches_of(number))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name, value in mine.items():
+            assert_near(value, theirs[name], 1e-4, name)
+    after = parameters_of(queued)
+    for name, value in parameters_of(stage).items():
+        assert_near(after[name] - before[name], value - before[name], 2e-2, name)
+        assert not torch.equal(value, before[name]), name
+
+
+class Waits(TorchDispatchMode):
+    """Finds the operations for which a GPU would have to be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        by_mask = name == "aten.index.Tensor" and any(
+            t is not None and t.dtype == torch.bool for t in args[1]
+        )
+        if by_mask or any(
+            word in name for word in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique")
+        ):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("watches_gates", [False, True])
+@pytest.mark.parametrize("segments", [1, 3])
+def test_no_step_waits_for_the_gpu(
+    number: int, watches_gates: bool, segments: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "_only_used", losses._zeros_for_unused)  # as on a GPU
+    step = make_step(make_stage(number), is_queued=True)
+    with Waits() as waits:
+        assert Tensor.item(torch.ones(())) == 1.0
+    assert waits.found
+    with Waits() as waits:
+        step(random_batch(0, segments=segments), learning_rate_factor=1.0, watches_gates=watches_gates)
+    assert waits.found == []
+
+
+@pytest.mark.parametrize("make_graph", [None, Repetition])
+def test_nothing_moves_after_a_number_that_is_not_one(make_graph: Any) -> None:
+    stage = make_stage(2)
+    step = make_step(stage, is_queued=True, make_graph=make_graph)
+    batches = [random_batch(seed) for seed in range(8)]
+    train(step, batches[:4])
+    before, state = parameters_of(stage), copy.deepcopy(step.state_dict())
+    batches[4].loss_weight[0, 3] = math.inf
+    measured = [step(batch, learning_rate_factor=1.0) for batch in batches[4:]]
+    assert [one.is_finite() for one in measured] == [False, True, True, True]
+    for name, value in parameters_of(stage).items():
+        assert torch.equal(value, before[name]), name
+    assert all(entry["step"] == 4 for entry in state["state"].values())
+    assert all(entry["step"] == 4 for entry in step.state_dict()["state"].values())
+    # Gradients can be had again, of any batch, and no step is taken with them.
+    step.compute_gradients(batches[5])
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in step.parameters)
+
+
+@pytest.mark.parametrize("was_queued", [False, True])
+@pytest.mark.parametrize("is_queued", [False, True])
+def test_the_optimizer_goes_on_from_its_state(was_queued: bool, is_queued: bool) -> None:
+    one, other = make_stage(1), make_stage(1)
+    first = make_step(one, is_queued=was_queued)
+    train(first, batches_of(1, 3))
+    second = make_step(other, is_queued=is_queued)
+    with torch.no_grad():
+        for mine, theirs in zip(other.student.parameters(), one.student.parameters(), strict=True):
+            mine.copy_(theirs)
+    state = copy.deepcopy(first.state_dict())
+    assert all(type(group["lr"]) is float and group["fused"] is None for group in state["param_groups"])
+    second.load_state_dict(state)
+    found = train(second, batches_of(1, 3))
+    expected = train(first, batches_of(1, 3))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert_near(mine["loss"], theirs["loss"], 1e-5)
+    if was_queued == is_queued:
+        assert_same_steps(found, expected)
+
+
+def counted(make_graph: Any = Repetition) -> tuple[StepGraphs, list[Tensor]]:
+    """Return graphs of a function that counts its calls by where its input lies."""
+    seen: list[Tensor] = []
+
+    def function(batch: Batch, flag: bool) -> Tensor:
+        seen.append(batch.input_ids)
+        return batch.input_ids.sum() * (2 if flag else 1)
+
+    return StepGraphs(function, CPU, make_graph), seen
+
+
+def test_what_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_graph, "_MOST_GRAPHS", 2)
+    graphs, seen = counted()
+    batches = [random_batch(seed) for seed in range(4)]
+    for batch in batches:
+        assert graphs(batch) == batch.input_ids.sum()
+    assert graphs.num_graphs == 1
+    assert [any(t is batch.input_ids for batch in batches) for t in seen] == [True, True, False, False]
+    assert seen[2] is seen[3]
+    for batch in batches:  # other work on the same shape reads the same place
+        assert graphs(batch, True) == 2 * batch.input_ids.sum()
+    assert graphs.num_graphs == 2
+    assert seen[-1] is seen[2]
+    for seed in range(4):
+        batch = random_batch(seed, rows=3)
+        assert graphs(batch) == batch.input_ids.sum()
+    assert graphs.num_graphs == 2
+
+
+def test_a_capture_that_fails_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fails(Repetition):
+        def capture(self, function: Callable[[], Any]) -> None:
+            function()
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    expected = train(make_step(make_stage(1), is_queued=True), batches_of(1, 2))
+    step = make_step(make_stage(1), is_queued=True, make_graph=Fails)
+    assert_same_steps(train(step, batches_of(1, 2)[:2]), expected[:2])
+    graphs, _ = counted(Fails)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for seed in range(5):
+            assert graphs(random_batch(seed)) == random_batch(seed).input_ids.sum()
+    assert [str(warning.message) for warning in told] == [
+        "training goes on without CUDA graphs: operation not permitted when stream is capturing"
+    ]
+    assert graphs.num_graphs == 0
+
+
+def test_where_there_are_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    assert graphs_for(gpu, 1) is not None
+    assert graphs_for(gpu, 2) is None
+    assert graphs_for(CPU, 1) is None
+    for value, has_graphs in (("off", False), ("auto", True), ("", True)):
+        monkeypatch.setenv("LAWCAT_CUDA_GRAPHS", value)
+        assert (graphs_for(gpu, 1) is not None) == has_graphs
+    monkeypatch.setenv("LAWCAT_CUDA_GRAPHS", "on")
+    with pytest.raises(ConfigurationError, match="LAWCAT_CUDA_GRAPHS='on' is neither 'auto' nor 'off'"):
+        graphs_for(CPU, 1)
+
+
+@pytest.fixture(scope="module")
+def run(module_patch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    on_one_processor(module_patch, tmp_path_factory.mktemp("cache"))
+    return TinyRun(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train as on a GPU, where a step is looked at when the next one is queued."""
+    step = functools.partial(TrainingStep, is_queued=True, make_graph=Repetition)
+    monkeypatch.setattr(trainer, "TrainingStep", step)
+
+
+def test_a_whole_run_queued(run: TinyRun, queued: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    queued_run = run("queued").path
+    rows = read_log(queued_run / "training_log.jsonl")
+    assert [(row["stage"], row["step"]) for row in rows] == [(s, i) for s in (1, 2) for i in range(1, 7)]
+    monkeypatch.undo()
+    on_one_processor(monkeypatch, run.place / "cache")
+    expected = read_log(run("plain").path / "training_log.jsonl")
+    for mine, theirs in zip(rows, expected, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in ("loss", "grad_norm", "learning_rate", "tokens"):
+            assert mine[name] == pytest.approx(theirs[name], rel=2e-3), name
+
+
+def test_a_queued_run_resumes(run: TinyRun, queued: None) -> None:
+    whole = run("queued whole").path
+
+    def stop(title: str, step: int, *rest: Any) -> None:
+        if (title[:7], step) in {("stage 1", 3), ("stage 2", 4)} - stopped:
+            stopped.add((title[:7], step))
+            os.kill(os.getpid(), signal.SIGINT)
+
+    stopped: set[tuple[str, int]] = set()
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run("queued in parts", progress=stop)
+    assert len(stopped) == 2
+    assert_same_student(run("queued in parts").path, whole)
+    rows = read_log(run.place / "queued in parts" / "training_log.jsonl")
+    assert [row["step"] for row in rows] == [*range(1, 7), *range(1, 7)]
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("loss", "loss is not finite, first in layer 1"),
+        ("gradient", "gradient is not finite in model.layers.0"),
+    ],
+)
+def test_a_queued_run_says_where_a_number_is_not_one(
+    what: str, message: str, run: TinyRun, queued: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backward = AttentionTransferStage.backward
+    calls: list[int] = []
+
+    def poisoned(self: Any, batch: Any, workers: Any) -> Any:
+        calls.append(1)
+        layers = self.student.model.layers
+        if what == "loss" and len(calls) == 4:
+            with torch.no_grad():
+                layers[1].self_attn.q_conv.weight.fill_(torch.nan)
+        measured = backward(self, batch, workers)
+        if what == "gradient" and len(calls) >= 4:
+            layers[0].self_attn.q_conv.weight.grad.fill_(torch.inf)
+        return measured
+
+    monkeypatch.setattr(AttentionTransferStage, "backward", poisoned)
+    with pytest.raises(TrainingError, match=f"stage 1, step 4: the {message}"):
+        run(f"queued and poisoned {what}")
+    folder = Path(run.place / f"queued and poisoned {what}.training")
+    assert len(read_log(folder / "training_log.jsonl")) == 3
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["stage1-step-00000002"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_steps_by_cuda_graphs_on_a_gpu(number: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAWCAT_BACKEND", backend)
+    device = torch.device("cuda", 0)
+    found: dict[str, Any] = {}
+    for way in ("off", "auto"):
+        monkeypatch.setenv("LAWCAT_CUDA_GRAPHS", way)
+        stage = make_stage(number, device)
+        before = parameters_of(stage)
+        step = make_step(stage, device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            measured = train(step, batches_of(number))
+        assert step.num_graphs == (0 if way == "off" else graphs_of(batches_of(number)))
+        found[way] = measured, parameters_of(stage)
+    for mine, theirs in zip(found["auto"][0], found["off"][0], strict=True):
+        for name, value in theirs.items():
+            assert_near(mine[name], value, 0.02, name)
+    for name, value in found["off"][1].items():
+        moved = value - before[name]
+        assert moved.abs().max() > 0, name
+        # Where a gradient is rounding alone, Adam goes one way or the other.
+        assert (found["auto"][1][name] - value).norm() < 0.2 * moved.norm(), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("segments", [1, 3])
+def test_no_step_waits_on_a_gpu(number: int, segments: int) -> None:
+    device = torch.device("cuda", 0)
+    step = make_step(make_stage(number, device), device)
+    for _ in range(4):
+        step(random_batch(0, segments=segments), learning_rate_factor=1.0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for is_replayed in (True, False):
+            step(random_batch(1, rows=2 if is_replayed else 3, segments=segments), learning_rate_factor=1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
