@@ -171,6 +171,8 @@ def _add_lora(student: LawcatForCausalLM, settings: RecoverySettings) -> None:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise MissingDependencyError("peft", "distill", "stage 2 with train: lora") from error
+    from lawcat.distill.lora import use_half_precision
+
     check_targets(student.model, settings)
     config = LoraConfig(
         r=settings.lora_rank,
@@ -183,6 +185,7 @@ def _add_lora(student: LawcatForCausalLM, settings: RecoverySettings) -> None:
     with warnings.catch_warnings():  # peft still asks transformers for a name that is on its way out
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         get_peft_model(student, config)
+    use_half_precision(student)
     for name, parameter in student.named_parameters():
         if is_trained_in_full(name):  # bfloat16 would round small updates away
             parameter.data = parameter.data.float()
