@@ -295,10 +295,9 @@ def training(arguments: argparse.Namespace) -> None:
 # What the sweep tries: warps, stages, registers. Kernels are timed one by one, so that the i-th of each list
 # can run together.
 FEATURES = [  # these and taps in one product, chunks of a program, heads of q and of k together
-    (4, 1, None, 4, 4, 1, 1), (4, 1, 128, 4, 4, 1, 1), (4, 1, None, 4, 4, 2, 1), (4, 1, None, 4, 4, 1, 2),
-    (4, 1, None, 4, 4, 1, 4), (4, 1, 128, 2, 4, 1, 2), (4, 1, 128, 2, 4, 2, 1), (4, 1, None, 2, 8, 2, 4),
-    (4, 1, 168, 2, 4, 2, 2), (4, 1, None, 2, 4, 1, 1), (4, 1, None, 2, 4, 1, 2), (4, 1, None, 2, 4, 2, 1),
-    (4, 1, 168, 4, 4, 2, 4),
+    (4, 1, None, 4, 4, 1, 1), (4, 1, 128, 4, 4, 1, 1), (4, 1, None, 4, 4, 1, 4), (4, 1, None, 4, 4, 2, 2),
+    (4, 1, None, 4, 4, 1, 2), (4, 1, None, 1, 4, 1, 1), (4, 1, 128, 1, 4, 1, 1), (4, 1, None, 2, 4, 1, 1),
+    (4, 1, 168, 2, 4, 1, 1), (4, 1, None, 1, 8, 1, 2), (4, 1, None, 2, 8, 1, 1), (4, 2, None, 1, 4, 1, 1),
 ]  # fmt: skip
 STATE = [(4, 1, None), (4, 2, None), (4, 3, None), (8, 2, None), (4, 4, None)]
 OUTPUT = [(4, 2, None), (4, 3, None), (4, 2, 168), (4, 2, 128), (8, 2, None), (4, 1, None), (8, 3, None)]
@@ -481,7 +480,7 @@ def _sweep_forward(width: int, arguments: argparse.Namespace, started: float, ta
         tensors = shape.tensors()
         expected = expected_of(tensors)
         found = []
-        for segment in (64, 128, 256, 512, 1024):
+        for segment in (128, 256, 512, 1024, 2048):
             for configuration in combined:
                 if segment < configuration.chunk or _is_late(arguments, started):
                     continue

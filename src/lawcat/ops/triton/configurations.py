@@ -117,7 +117,7 @@ def choose_configuration(
     # Enough programs to fill the device four times over, and segments long enough that their states are
     # small beside q, k and v.
     segment = 2 * chunk
-    while segment < 1024 and -(-tokens // (2 * segment)) * states >= 4 * processors:
+    while segment < (1024 if wide <= 64 else 2048) and -(-tokens // (2 * segment)) * states >= 4 * processors:
         segment *= 2
     return Configuration(
         chunk=chunk,
@@ -125,13 +125,14 @@ def choose_configuration(
         value_block=value_block,
         segment=segment,
         state=Tuning(4 if is_prepared else warps),
-        output=Tuning(4, 2) if is_prepared else Tuning(warps),
+        output=Tuning(4, 3 if wide <= 64 else 2) if is_prepared else Tuning(warps),
         gradient_chunk=32,
         gradient=Tuning(4, 2) if wide <= 64 else Tuning(8),
         is_prepared=is_prepared,
-        features=Tuning(4),
+        features=Tuning(4, 1, 128) if wide <= 64 else Tuning(4),
         feature_chunks=4,
         feature_taps=4 if wide <= 64 else 2,
+        key_heads=1,
     )
 
 

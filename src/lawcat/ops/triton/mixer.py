@@ -395,18 +395,19 @@ def _forward_prepared(plan: Plan, states: States, output: Tensor, weight_sums: T
     of_float32: dict[str, Any] = {"dtype": torch.float32, "device": inputs.q.device}
     z_added, z_exponents = (allocate((chunks, n, width), **of_float32) for _ in range(2))
     exponents = allocate((chunks, shape["GATE_HEADS"], 2, width), **of_float32)
-    centred = allocate((chunks, shape["GATE_HEADS"], chunk, width), **of_float32)
+    of_features = {"dtype": _DOT_DTYPES[shape["DOT"]], "device": inputs.q.device}
+    decays = allocate((chunks, shape["GATE_HEADS"], chunk, width), **of_features)
     activation = options.gate_divisor, max(options.min_log_decay, STRONGEST_LOG_DECAY)
     size = (*plan.size, plan.chunks_of_segment)
     launch(
         exponent_kernel, chunks * shape["GATE_HEADS"],
-        inputs.gate, inputs.keep, plan.table, centred, exponents, *size, *activation,
+        inputs.gate, inputs.keep, plan.table, decays, exponents, *size, *activation,
         IS_LOGIT=options.is_logit,
         **plan.constants("GATE_HEADS", "GATE_WIDTH", "F", "FP", "C", "MASKED", "PACKED", "INTERPRETED"),
         warps=4,
     )  # fmt: skip
-    q_features, _ = _features(plan, inputs.q, inputs.q_taps, inputs.q_before, centred, heads, is_key=False)
-    k_features, k_sums = _features(plan, inputs.k, inputs.k_taps, inputs.k_before, centred, n, is_key=True)
+    q_features, _ = _features(plan, inputs.q, inputs.q_taps, inputs.q_before, decays, heads, is_key=False)
+    k_features, k_sums = _features(plan, inputs.k, inputs.k_taps, inputs.k_before, decays, n, is_key=True)
     of_products = plan.constants(
         "V_HEADS", "GATE_HEADS", "N", "F", "DV", "FP", "BV", "V_BLOCKS", "C", "PACKED", "DOT", "PRECISION"
     )
@@ -446,16 +447,15 @@ def _features(
     x: Tensor,
     taps: Tensor | None,
     before: Tensor | None,
-    centred: Tensor,
+    decays: Tensor,
     heads: int,
     *,
     is_key: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return decayed features by tiles [chunks, heads, C, FP]; of keys, also their sums."""
     configuration, shape = plan.configuration, plan.shape
-    chunks, width = centred.shape[0], shape["FP"]
-    dtype = _DOT_DTYPES[shape["DOT"]]
-    features = allocate((chunks, heads, configuration.chunk, width), dtype=dtype, device=x.device)
+    chunks, width = decays.shape[0], shape["FP"]
+    features = allocate((chunks, heads, configuration.chunk, width), dtype=decays.dtype, device=x.device)
     sums = allocate((chunks, heads, width), dtype=torch.float32, device=x.device) if is_key else None
     padded_taps = 1 << max(shape["TAPS"] - 1, 0).bit_length()
     run = configuration.feature_chunks
@@ -467,7 +467,7 @@ def _features(
         group = 1  # each head has inputs of its own from before
     launch(
         feature_kernel, plan.all_segments * -(-plan.chunks_of_segment // run) * (heads // group),
-        x, taps, before, plan.inputs.map_weight, plan.inputs.keep, plan.table, centred, features, sums,
+        x, taps, before, plan.inputs.map_weight, plan.inputs.keep, plan.table, decays, features, sums,
         *plan.size, plan.chunks_of_segment,
         X_HEADS=x.shape[2], HEADS=heads, TAPS_P=padded_taps, IS_KEY=is_key, GROUP=group, RUN=run,
         BLOCK=min(configuration.feature_taps, padded_taps),

@@ -66,12 +66,12 @@ def load_tile(x, index, C: tl.constexpr, FP: tl.constexpr):
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def exponent_kernel(
-    gate, keep, table, centred, exponents,
+    gate, keep, table, decays, exponents,
     tokens, num_segments, segment_tokens, num_chunks, divisor, lowest,
     GATE_HEADS: tl.constexpr, GATE_WIDTH: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, C: tl.constexpr,
     MASKED: tl.constexpr, PACKED: tl.constexpr, IS_LOGIT: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Write ``b - r`` and two exponents. One program a chunk and gate head.
+    """Write ``2^(b - r)`` and two exponents. One program a chunk and gate head.
 
     The state before a chunk times 2^(first exponent), plus what the keys add, times 2^(second) is that after.
     """
@@ -94,8 +94,12 @@ def exponent_kernel(
         tl.store(place + column, before)
         tl.store(place + FP + column, total - before)
         i = tl.arange(0, C)
-        place = centred + program.to(tl.int64) * (C * FP)
-        tl.store(place + i[:, None] * FP + column[None, :], b - before[None, :])
+        place = decays + program.to(tl.int64) * (C * FP) + i[:, None] * FP + column[None, :]
+        # Every head reads these: in the features' own precision, as reading them in float32 costs a third of
+        # the feature kernel's time. A segment that decays too much has no use for those of q, which may be
+        # infinite; 1 / d must not be of a d that has become 0.
+        decay = tl.exp2(tl.minimum(tl.maximum(b - before[None, :], -126.0), 126.0))
+        tl.store(place, decay.to(decays.dtype.element_ty))
 
 
 @triton.jit
@@ -165,6 +169,20 @@ def softmax_half(p, F: tl.constexpr, FP: tl.constexpr):
 
 
 @triton.jit
+def load_decay_half(
+    decays, index, half, t0, stop, first_row, keep,
+    C: tl.constexpr, FP: tl.constexpr, IS_KEY: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Return 2^(b - r) of a half [C, FP/2] of the tile with this index; of keys 2^(r - b), 0 for padding."""
+    column = half * (FP // 2) + tl.arange(0, FP // 2)
+    place = decays + index.to(tl.int64) * (C * FP) + tl.arange(0, C)[:, None] * FP + column[None, :]
+    decay = tl.load(place).to(tl.float32)
+    if IS_KEY:
+        decay = without_padding(1.0 / decay, first_row, t0, stop, keep, C, MASKED)
+    return decay
+
+
+@triton.jit
 def store_half(x, sums, tile, index, half, C: tl.constexpr, FP: tl.constexpr, SUM: tl.constexpr):
     """Write a half [C, FP/2] of the tile with this index of x [tiles, C, FP], and the sum of its rows."""
     column = half * (FP // 2) + tl.arange(0, FP // 2)
@@ -177,7 +195,7 @@ def store_half(x, sums, tile, index, half, C: tl.constexpr, FP: tl.constexpr, SU
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def feature_kernel(
-    x, taps, before, map_weight, keep, table, centred, features, sums,
+    x, taps, before, map_weight, keep, table, decays, features, sums,
     tokens, num_segments, segment_tokens, num_chunks,
     X_HEADS: tl.constexpr, HEADS: tl.constexpr, N: tl.constexpr, GATE_HEADS: tl.constexpr,
     D: tl.constexpr, F: tl.constexpr, DP: tl.constexpr, FP: tl.constexpr, C: tl.constexpr,
@@ -199,7 +217,6 @@ def feature_kernel(
         segment, tokens, num_segments, segment_tokens, table, PACKED
     )
     gate_head = first_head // (HEADS // GATE_HEADS)
-    sign: tl.constexpr = -1.0 if IS_KEY else 1.0
     half: tl.constexpr = FP // 2
     parts: tl.constexpr = TAPS_P // BLOCK
     i = tl.arange(0, C)
@@ -217,29 +234,30 @@ def feature_kernel(
     for index in range(first_chunk, tl.minimum(first_chunk + RUN, chunks)):
         t0 = start + index * C
         chunk = segment * num_chunks + index
-        place = centred + (chunk * GATE_HEADS + gate_head).to(tl.int64) * (C * FP)
-        place += i[:, None] * FP + f[None, :]
-        first_decay = tl.exp2(sign * tl.load(place))
-        second_decay = tl.exp2(sign * tl.load(place + half))
-        if IS_KEY:
-            first_decay = without_padding(first_decay, first_row, t0, stop, keep, C, MASKED)
-            second_decay = without_padding(second_decay, first_row, t0, stop, keep, C, MASKED)
+        gate_tile = chunk * GATE_HEADS + gate_head
+        if GROUP > 1:  # alone, a head loads them when it needs them, and registers stay free
+            first_decay = load_decay_half(
+                decays, gate_tile, 0, t0, stop, first_row, keep, C, FP, IS_KEY, MASKED
+            )
+            second_decay = load_decay_half(
+                decays, gate_tile, 1, t0, stop, first_row, keep, C, FP, IS_KEY, MASKED
+            )
         inputs = ()
         for j in tl.static_range(0, GROUP):
             head = first_head + j
             x_head = head // (HEADS // X_HEADS)
             if HAS_MAP:
-                if not IS_KEY or j == 0:
-                    inputs = ()
-                    for part in tl.static_range(0, parts):
+                p = tl.zeros([C, half], tl.float32)
+                for part in tl.static_range(0, parts):
+                    if IS_KEY and j > 0:
+                        tile = inputs[part]  # type: ignore[var-annotated]
+                    else:
                         tile = load_tap_inputs(
                             x, first_row, t0, stop, x_head, keep, before, sequence, head, part * BLOCK,
                             X_HEADS, HEADS, D, DP, C, TAPS, BLOCK, HAS_BEFORE, MASKED,
-                        )  # fmt: skip
-                        inputs = inputs + (tile.to(operand),)  # type: ignore[assignment]  # noqa: RUF005
-                p = tl.zeros([C, half], tl.float32)
-                for part in tl.static_range(0, parts):
-                    p = tl.dot(inputs[part], weights[j * parts + part], p, input_precision=PRECISION)
+                        ).to(operand)  # fmt: skip
+                        inputs = inputs + (tile,)  # type: ignore[assignment]  # noqa: RUF005
+                    p = tl.dot(tile, weights[j * parts + part], p, input_precision=PRECISION)
                 first = softmax_half(p, F, FP)
                 second = softmax_half(-p, F, FP)
             else:
@@ -248,6 +266,13 @@ def feature_kernel(
                 inside = (t0 + i < stop)[:, None] & (f < F // 2)[None, :]
                 first = tl.load(base, mask=inside, other=0.0)
                 second = tl.load(base + F // 2, mask=inside, other=0.0)
+            if GROUP == 1:
+                first_decay = load_decay_half(
+                    decays, gate_tile, 0, t0, stop, first_row, keep, C, FP, IS_KEY, MASKED
+                )
+                second_decay = load_decay_half(
+                    decays, gate_tile, 1, t0, stop, first_row, keep, C, FP, IS_KEY, MASKED
+                )
             tile = chunk * HEADS + head
             store_half(features, sums, first * first_decay, tile, 0, C, FP, IS_KEY)
             store_half(features, sums, second * second_decay, tile, 1, C, FP, IS_KEY)
