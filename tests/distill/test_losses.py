@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -12,13 +15,43 @@ from torch.nn import functional as F
 from comparison import assert_near
 from lawcat.distill import losses
 from lawcat.distill.losses import language_loss, relative_squared_error
+from lawcat.ops import use_backend
+from lawcat.ops.triton import support
 
 B, T, WIDTH, VOCABULARY = 2, 7, 12, 19
 
 
-@pytest.fixture
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=["operations", "operations on all tokens", "kernel", "kernel on all tokens"])
+def small_pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Pieces of three tokens; and as on a GPU, where no tokens are selected, and by the kernel."""
     monkeypatch.setattr(losses, "_TOKENS_AT_A_TIME_ON_CPU", 3)
+    if "all" in request.param:
+        monkeypatch.setattr(losses, "_only_used", losses._zeros_for_unused)
+    is_kernel = request.param.startswith("kernel")
+    if is_kernel:
+        if not support.is_interpreted():
+            pytest.skip("the kernel runs on a GPU or in Triton's interpreter")
+        from lawcat.distill import loss_kernel
+
+        monkeypatch.setattr(loss_kernel, "_BLOCK", 8)
+        monkeypatch.setattr(loss_kernel, "loss_and_gradient", counted(loss_kernel.loss_and_gradient))
+    calls.clear()
+    with use_backend("triton" if is_kernel else "torch"):
+        yield
+    assert bool(calls) == is_kernel
+
+
+calls: list[int] = []
+
+
+def counted(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a function that makes a note of each call."""
+
+    def call(*arguments: Any, **named: Any) -> Tensor:
+        calls.append(1)
+        return function(*arguments, **named)
+
+    return call
 
 
 def inputs() -> dict[str, Tensor]:
@@ -165,3 +198,37 @@ def test_the_mean_over_a_batch_does_not_depend_on_its_split(cut: int, seed: int)
     whole = relative_squared_error(output, target)
     parts = [relative_squared_error(output[s], target[s]) for s in (slice(cut), slice(cut, None))]
     assert torch.equal(whole, torch.cat(parts))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kl_weight", "temperature"), [(0.0, 1.0), (1.0, 1.0), (0.5, 2.0)])
+def test_the_kernel_on_a_gpu(dtype: torch.dtype, kl_weight: float, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    tokens, width, vocabulary = 1500, 64, 49152
+    weights = torch.rand(1, tokens, generator=generator)
+    weights[:, ::7] = 0.0
+    head = torch.randn(vocabulary, width, generator=generator) / 2
+    states = [torch.randn(1, tokens, width, generator=generator) for _ in range(2)]
+    targets = torch.randint(0, vocabulary, (1, tokens), generator=generator)
+    found = {}
+    for backend in ("torch", "triton"):
+        hidden, matrix = (t.cuda().to(dtype).requires_grad_() for t in (states[0], head))
+        with use_backend(backend):
+            values = language_loss(
+                hidden,
+                matrix,
+                targets.cuda(),
+                weights.cuda(),
+                teacher_hidden=states[1].cuda().to(dtype),
+                kl_weight=kl_weight,
+                temperature=temperature,
+            )
+        torch.autograd.backward(values[0])
+        found[backend] = [*values, hidden.grad, matrix.grad]
+    limit = 1e-4 if dtype == torch.float32 else 0.02
+    for mine, theirs in zip(found["triton"], found["torch"], strict=True):
+        assert mine is not None
+        assert theirs is not None
+        assert_near(mine, theirs, limit)

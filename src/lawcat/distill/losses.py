@@ -5,11 +5,15 @@ Legend: B sequences, T tokens, H heads, D head width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from lawcat.ops import choose_backend
+from lawcat.ops.triton import support
 
 # Logits of so many tokens at a time: 1,024 x 49,152 float32 numbers are 200 MB. A CPU gets fewer: memory
 # for larger tensors is fetched from the system, and zeroed page by page, anew each time.
@@ -78,6 +82,15 @@ def _tokens_at_a_time(hidden: Tensor) -> int:
     return _TOKENS_AT_A_TIME_ON_CPU if hidden.device.type == "cpu" else _TOKENS_AT_A_TIME
 
 
+def _fused_losses(hidden: Tensor) -> Callable[..., Tensor] | None:
+    """Return the kernel where it can run."""
+    if choose_backend("auto", hidden.device.type) != "triton" or support.missing() is not None:
+        return None
+    from lawcat.distill import loss_kernel
+
+    return loss_kernel.loss_and_gradient if loss_kernel.is_usable(hidden) else None
+
+
 class _LanguageLoss(torch.autograd.Function):
     """Cross-entropy and KL over a vocabulary, a piece of the tokens at a time, gradients computed on the way.
 
@@ -103,9 +116,28 @@ class _LanguageLoss(torch.autograd.Function):
         head_grad = torch.zeros_like(head) if head.requires_grad else None
         sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
         step = _tokens_at_a_time(hidden)
+        fused = _fused_losses(hidden)
         for start in range(0, hidden.shape[0], step):
             piece = slice(start, start + step)
             weight = weights[piece]
+            if fused is not None:
+                logits = F.linear(hidden[piece], head)
+                teacher_logits = None
+                if kl_weight and teacher_hidden is not None and teacher_head is not None:
+                    teacher_logits = F.linear(teacher_hidden[piece], teacher_head).to(logits.dtype)
+                sums += fused(
+                    logits,
+                    teacher_logits,
+                    targets[piece],
+                    weight,
+                    cross_entropy_weight=cross_entropy_weight,
+                    kl_weight=kl_weight,
+                    temperature=temperature,
+                ).sum(0)
+                hidden_grad[piece] = logits @ head
+                if head_grad is not None:
+                    head_grad += logits.T @ hidden[piece]
+                continue
             with torch.enable_grad():
                 piece_hidden = hidden[piece].detach().requires_grad_()
                 piece_head = head.detach().requires_grad_(head.requires_grad)

@@ -1,0 +1,137 @@
+"""Cross-entropy, KL and their gradient from logits, in one launch that reads each logit twice.
+
+By PyTorch operations the logits of student and teacher, in float32, pass through memory some thirty times; at
+vocabularies of 49,152 tokens that takes longer than a small model's own forward and backward.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lawcat.ops.triton import support
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_BLOCK = 8192
+# A logit of no weight; the difference of two is a number, that of infinities is none.
+OUTSIDE = tl.constexpr(-1e30)
+
+
+@triton.jit
+def _loss_kernel(
+    student, teacher, targets, weights, losses, vocabulary,
+    cross_entropy_weight, kl_weight, temperature,
+    HAS_TEACHER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write both losses of a row, and over its student's logits their gradient. One program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    student += row * vocabulary
+    weight = tl.load(weights + row)
+    if weight == 0.0:
+        tl.store(losses + 2 * row, 0.0)
+        tl.store(losses + 2 * row + 1, 0.0)
+        for start in range(0, vocabulary, BLOCK):
+            zeros = tl.zeros([BLOCK], tl.float32)
+            tl.store(student + start + column, zeros, mask=start + column < vocabulary)
+        return
+    target = tl.load(targets + row)
+    # Before the sums, at which threads wait for each other: afterwards another may have written over it.
+    wanted = tl.load(student + target).to(tl.float32)
+
+    # Sums of exponentials below the largest logit so far.
+    largest = -float("inf")
+    total = 0.0
+    tempered_total = 0.0
+    teacher_largest = -float("inf")
+    teacher_total = 0.0
+    difference = 0.0
+    for start in range(0, vocabulary, BLOCK):
+        inside = start + column < vocabulary
+        s = tl.load(student + start + column, mask=inside, other=0.0).to(tl.float32)
+        s = tl.where(inside, s, OUTSIDE)
+        new = tl.maximum(largest, tl.max(s, axis=0))
+        total = total * tl.exp(largest - new) + tl.sum(tl.exp(s - new), axis=0)
+        if HAS_TEACHER:
+            tempered_total = tempered_total * tl.exp((largest - new) / temperature)
+            tempered_total += tl.sum(tl.exp((s - new) / temperature), axis=0)
+            t = tl.load(teacher + row * vocabulary + start + column, mask=inside, other=0.0).to(tl.float32)
+            t = tl.where(inside, t, OUTSIDE)
+            teacher_new = tl.maximum(teacher_largest, tl.max(t, axis=0))
+            shrinks = tl.exp((teacher_largest - teacher_new) / temperature)
+            p = tl.exp((t - teacher_new) / temperature)
+            teacher_total = teacher_total * shrinks + tl.sum(p, axis=0)
+            difference = difference * shrinks + tl.sum(p * (t - s), axis=0)
+            teacher_largest = teacher_new
+        largest = new
+
+    log_total = largest + tl.log(total)
+    tl.store(losses + 2 * row, weight * (log_total - wanted))
+    log_tempered = 0.0
+    log_teacher = 0.0
+    kl = 0.0
+    if HAS_TEACHER:
+        log_tempered = largest / temperature + tl.log(tempered_total)
+        log_teacher = teacher_largest / temperature + tl.log(teacher_total)
+        kl = difference / teacher_total / temperature - log_teacher + log_tempered
+    tl.store(losses + 2 * row + 1, weight * kl * temperature * temperature)
+
+    for start in range(0, vocabulary, BLOCK):
+        inside = start + column < vocabulary
+        s = tl.load(student + start + column, mask=inside, other=0.0).to(tl.float32)
+        is_target = (start + column == target).to(tl.float32)
+        gradient = cross_entropy_weight * (tl.exp(s - log_total) - is_target)
+        if HAS_TEACHER:
+            t = tl.load(teacher + row * vocabulary + start + column, mask=inside, other=0.0).to(tl.float32)
+            p = tl.exp(t / temperature - log_teacher)
+            gradient += kl_weight * temperature * (tl.exp(s / temperature - log_tempered) - p)
+        tl.store(student + start + column, weight * gradient, mask=inside)
+
+
+def is_usable(hidden: Tensor) -> bool:
+    """Return whether the kernel can take the logits of these hidden states."""
+    return hidden.dtype in _DTYPES and (hidden.device.type == "cuda" or support.is_interpreted())
+
+
+def loss_and_gradient(
+    logits: Tensor,
+    teacher_logits: Tensor | None,
+    targets: Tensor,
+    weights: Tensor,
+    *,
+    cross_entropy_weight: float,
+    kl_weight: float,
+    temperature: float,
+) -> Tensor:
+    """Return each token's cross-entropy and KL [N, 2] in float32, and write over the logits.
+
+    Args:
+        logits: The student's [N, V], contiguous; afterwards the gradient of the sum over tokens of
+            ``cross_entropy_weight * CE + kl_weight * KL``.
+        teacher_logits: The same shape, or None for no KL.
+        targets: The token that follows each [N].
+        weights: Factor of both losses [N], float32; a row of weight 0 is not looked at.
+        cross_entropy_weight: See above.
+        kl_weight: See above.
+        temperature: Divides both logits in the KL term, which is multiplied by its square.
+    """
+    losses = torch.empty(len(logits), 2, dtype=torch.float32, device=logits.device)
+    if not len(logits):
+        return losses
+    vocabulary = logits.shape[1]
+    is_gpu = logits.device.type == "cuda"
+    with torch.cuda.device(logits.device) if is_gpu else contextlib.nullcontext():
+        _loss_kernel[(len(logits),)](
+            logits, teacher_logits, targets, weights, losses, vocabulary,
+            float(cross_entropy_weight), float(kl_weight), float(temperature),
+            HAS_TEACHER=teacher_logits is not None,
+            BLOCK=min(_BLOCK, triton.next_power_of_2(vocabulary)),
+            num_warps=8,
+        )  # fmt: skip
+    return losses
