@@ -248,9 +248,15 @@ def test_what_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
         assert graphs(batch, True) == 2 * batch.input_ids.sum()
     assert graphs.num_graphs == 2
     assert seen[-1] is seen[2]
-    for seed in range(4):
-        batch = random_batch(seed, rows=3)
-        assert graphs(batch) == batch.input_ids.sum()
+    graphs.release()
+    assert graphs.num_graphs == 0
+    calls = len(seen)
+    assert graphs(batches[0]) == batches[0].input_ids.sum()
+    assert seen[calls] is batches[0].input_ids
+    for rows in (3, 4, 5):  # no more than two
+        for seed in range(4):
+            batch = random_batch(seed, rows=rows)
+            assert graphs(batch) == batch.input_ids.sum()
     assert graphs.num_graphs == 2
 
 

@@ -120,6 +120,12 @@ class StepGraphs:
         """How many graphs there are."""
         return len(self._captured)
 
+    def release(self) -> None:
+        """Forget all graphs and the memory that they hold."""
+        self._captured.clear()
+        self._inputs.clear()
+        self._seen.clear()
+
     def _is_due(self, key: object) -> bool:
         if self._make_graph is None or len(self._captured) >= _MOST_GRAPHS:
             return False

@@ -308,7 +308,9 @@ def train_stage(stage: Stage, context: StageContext, resume_from: TrainingState 
 
     requests = [_request(context, settings, step) for step in range(start, settings.steps)]
     queued: deque[tuple[int, Batch, Measured]] = deque()
-    with context.interruption.after_step():
+    with contextlib.ExitStack() as at_end:
+        at_end.callback(training_step.release)
+        at_end.enter_context(context.interruption.after_step())
         batches = context.mixture.batches(requests, ahead=workers.device.type != "cpu")
         for step, batch in enumerate(batches, start):
             measured = training_step(

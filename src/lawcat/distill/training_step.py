@@ -134,6 +134,10 @@ class TrainingStep:
         """How many kinds of steps are replayed."""
         return self._graphs.num_graphs
 
+    def release(self) -> None:
+        """Give back the memory of replayed steps; later steps begin anew."""
+        self._graphs.release()
+
     def compute_gradients(self, batch: Batch) -> None:
         """Set the gradients to those of a batch, and leave all else as it is."""
         self._optimizer.zero_grad(set_to_none=True)
