@@ -294,10 +294,11 @@ def training(arguments: argparse.Namespace) -> None:
 
 # What the sweep tries: warps, stages, registers. Kernels are timed one by one, so that the i-th of each list
 # can run together.
-FEATURES = [  # these and taps in one product, chunks of a program, heads of q and of k together
-    (4, 1, None, 4, 4, 1, 1), (4, 1, 128, 4, 4, 1, 1), (4, 1, None, 4, 4, 1, 4), (4, 1, None, 4, 4, 2, 2),
-    (4, 1, None, 4, 4, 1, 2), (4, 1, None, 1, 4, 1, 1), (4, 1, 128, 1, 4, 1, 1), (4, 1, None, 2, 4, 1, 1),
-    (4, 1, 168, 2, 4, 1, 1), (4, 1, None, 1, 8, 1, 2), (4, 1, None, 2, 8, 1, 1), (4, 2, None, 1, 4, 1, 1),
+# Of the feature kernel: registers for q and for k, taps in one product, chunks and heads (q, k) of a program.
+FEATURES = [
+    (128, None, 4, 4, 1, 4), (128, 128, 4, 4, 1, 1), (None, None, 0, 4, 1, 1), (128, 128, 0, 4, 1, 1),
+    (168, 168, 0, 4, 1, 1), (96, None, 0, 4, 1, 4), (None, None, 2, 4, 1, 1), (None, None, 0, 8, 1, 4),
+    (128, None, 4, 2, 1, 4), (128, 128, 4, 2, 1, 1), (128, None, 4, 1, 1, 4), (128, 128, 0, 2, 1, 1),
 ]  # fmt: skip
 STATE = [(4, 1, None), (4, 2, None), (4, 3, None), (8, 2, None), (4, 4, None)]
 OUTPUT = [(4, 2, None), (4, 3, None), (4, 2, 168), (4, 2, 128), (8, 2, None), (4, 1, None), (8, 3, None)]
@@ -319,12 +320,13 @@ def prepared_candidates(shape: Shape) -> list[Configuration]:
     for values in (64, 128)[: shape.width // 64]:
         chunk = 64
         for i in range(max(len(FEATURES), len(STATE), len(OUTPUT))):
-            *features, taps, run, queries, keys = FEATURES[i % len(FEATURES)]
+            q_registers, k_registers, taps, run, queries, keys = FEATURES[i % len(FEATURES)]
             found.append(
                 replace(
                     table_configuration(shape), is_prepared=True, chunk=chunk, value_block=values,
                     sub_block=sub_block_tokens(-2.5, chunk), segment=max(chunk, 256),
-                    features=Tuning(*features), feature_taps=taps, feature_chunks=run,
+                    query_features=Tuning(4, 1, q_registers), key_features=Tuning(4, 1, k_registers),
+                    feature_taps=taps, feature_chunks=run,
                     query_heads=queries, key_heads=keys,
                     state=Tuning(*STATE[i % len(STATE)]), output=Tuning(*OUTPUT[i % len(OUTPUT)]),
                 )
@@ -386,8 +388,8 @@ def brief(c: Configuration) -> str:
     if c.is_prepared:
         return (
             f"prepared, chunk {c.chunk}, segment {c.segment}, values {c.value_block}, "
-            f"features {tuning(c.features)} taps {c.feature_taps} run {c.feature_chunks} "
-            f"heads {c.query_heads} {c.key_heads}, "
+            f"features {tuning(c.query_features)} {tuning(c.key_features)} "
+            f"taps {c.feature_taps} run {c.feature_chunks} heads {c.query_heads} {c.key_heads}, "
             f"state {tuning(c.state)}, output {tuning(c.output)}"
         )
     return (

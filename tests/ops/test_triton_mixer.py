@@ -135,6 +135,7 @@ def test_heads(heads: int, kv_heads: int, state_heads: int) -> None:
         ({"gate_scale": 20.0, "min_log_decay": -40.0, "gate_is_logit": False}, {}),
         ({"gate_scale": 100.0, "min_log_decay": -2.5}, {"chunk": 64, "segment": 64}),
         ({"batch": 2, "padding": 19, "taps": None}, {"segment": 32}),
+        ({"batch": 2, "padding": 7}, {"feature_taps": 0}),
         ({"boundaries": (0, 1, 3, 20, 37)}, {"chunk": 32, "segment": 32}),
     ],
     ids=str,

@@ -49,9 +49,10 @@ class Configuration:
         gradient: Of the backward kernels.
         is_prepared: The forward makes features once, in a kernel of their own: that and the kernels that
             ``state`` and ``output`` are of are then those of ``prepared.py``.
-        features: Of that kernel.
+        query_features: Of that kernel, for q.
+        key_features: The same for k.
         feature_chunks: Chunks of a head that one of its programs makes.
-        feature_taps: Taps of the convolution in one of its products, a power of two.
+        feature_taps: Taps of the convolution in one of its products, a power of two; 0 convolves before.
         query_heads: The most heads of q that one of its programs makes: they share a gate.
         key_heads: The most of k: they share a gate and their inputs.
     """
@@ -65,7 +66,8 @@ class Configuration:
     gradient_chunk: int
     gradient: Tuning
     is_prepared: bool = False
-    features: Tuning = Tuning(4)
+    query_features: Tuning = Tuning(4)
+    key_features: Tuning = Tuning(4)
     feature_chunks: int = 4
     feature_taps: int = 4
     query_heads: int = 1
@@ -129,10 +131,11 @@ def choose_configuration(
         gradient_chunk=32,
         gradient=Tuning(4, 2) if wide <= 64 else Tuning(8),
         is_prepared=is_prepared,
-        features=Tuning(4, 1, 128) if wide <= 64 else Tuning(4),
+        query_features=Tuning(4, 1, 128) if wide <= 64 else Tuning(4),
+        key_features=Tuning(4),
         feature_chunks=4,
         feature_taps=4 if wide <= 64 else 2,
-        key_heads=1,
+        key_heads=4 if wide <= 64 and tokens * states >= 8192 * 32 else 1,
     )
 
 

@@ -473,9 +473,9 @@ def _features(
         BLOCK=min(configuration.feature_taps, padded_taps),
         **plan.constants(
             "N", "GATE_HEADS", "D", "F", "DP", "FP", "C", "TAPS", "HAS_BEFORE", "HAS_MAP", "MASKED", "PACKED",
-            "DOT", "PRECISION",
+            "DOT", "PRECISION", "INTERPRETED",
         ),
-        **configuration.features.options(),
+        **(configuration.key_features if is_key else configuration.query_features).options(),
     )  # fmt: skip
     return features, sums
 

@@ -27,11 +27,13 @@ import triton.language as tl
 from .blocks import (
     LOG2_E,
     MAX_EXPONENT,
+    convolved_rows,
     feature_columns,
     load_map_weight,
     load_state,
     load_values,
     locate_segment,
+    stay_in_layout,
     store_state,
     without_padding,
 )
@@ -201,7 +203,7 @@ def feature_kernel(
     D: tl.constexpr, F: tl.constexpr, DP: tl.constexpr, FP: tl.constexpr, C: tl.constexpr,
     TAPS: tl.constexpr, TAPS_P: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr,
     IS_KEY: tl.constexpr, HAS_BEFORE: tl.constexpr, HAS_MAP: tl.constexpr, MASKED: tl.constexpr,
-    PACKED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Write the decayed features of q, or of k and their sums. One program RUN chunks and GROUP heads.
 
@@ -218,7 +220,8 @@ def feature_kernel(
     )
     gate_head = first_head // (HEADS // GATE_HEADS)
     half: tl.constexpr = FP // 2
-    parts: tl.constexpr = TAPS_P // BLOCK
+    # With BLOCK = 0 the convolution is not part of the product.
+    parts: tl.constexpr = 1 if BLOCK == 0 else TAPS_P // BLOCK
     i = tl.arange(0, C)
     f = tl.arange(0, half)
     chunks = tl.minimum(tl.cdiv(stop - start, C), num_chunks)
@@ -227,9 +230,13 @@ def feature_kernel(
         weights = ()
         for part in tl.static_range(0, GROUP * parts):
             head = first_head + part // parts
-            weight = load_tap_weights(
-                map_weight, taps, head, head // (HEADS // N), part % parts * BLOCK, D, F, DP, FP, TAPS, BLOCK
-            )
+            if BLOCK == 0:
+                weight = load_tap_weights(map_weight, taps, head, head // (HEADS // N), 0, D, F, DP, FP, 0, 1)
+            else:
+                first_tap = part % parts * BLOCK
+                weight = load_tap_weights(
+                    map_weight, taps, head, head // (HEADS // N), first_tap, D, F, DP, FP, TAPS, BLOCK
+                )
             weights = weights + (weight.to(operand),)  # type: ignore[assignment]  # noqa: RUF005
     for index in range(first_chunk, tl.minimum(first_chunk + RUN, chunks)):
         t0 = start + index * C
@@ -249,8 +256,14 @@ def feature_kernel(
             if HAS_MAP:
                 p = tl.zeros([C, half], tl.float32)
                 for part in tl.static_range(0, parts):
-                    if IS_KEY and j > 0:
-                        tile = inputs[part]  # type: ignore[var-annotated]
+                    if BLOCK == 0:
+                        tile = convolved_rows(
+                            x, first_row, t0, stop, x_head, keep, taps, before, sequence, head,
+                            X_HEADS, HEADS, D, DP, C, TAPS, HAS_BEFORE, MASKED,
+                        )  # fmt: skip
+                        tile = stay_in_layout(tile, INTERPRETED).to(operand)
+                    elif IS_KEY and j > 0:
+                        tile = inputs[part]
                     else:
                         tile = load_tap_inputs(
                             x, first_row, t0, stop, x_head, keep, before, sequence, head, part * BLOCK,
