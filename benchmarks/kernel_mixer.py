@@ -570,12 +570,15 @@ def first(arguments: argparse.Namespace) -> None:
 
 def with_design(table: Configuration, is_prepared: bool) -> Configuration:
     """Return the configuration with features made once, or wherever they are needed."""
-    if not is_prepared:
-        return replace(table, is_prepared=False)
-    values, chunk = min(table.value_block, 64), 64
+    if is_prepared == table.is_prepared:
+        return table
+    if is_prepared:
+        return replace(table, is_prepared=True, chunk=64, sub_block=sub_block_tokens(-2.5, 64), segment=512)
+    chunk = 64 if table.value_block <= 64 else 32
+    tuning = Tuning(4 if chunk == 64 else 8)
     return replace(
-        table, is_prepared=True, chunk=chunk, sub_block=sub_block_tokens(-2.5, chunk), value_block=values,
-        segment=max(table.segment, chunk), state=Tuning(4), output=Tuning(4, 2),
+        table, is_prepared=False, chunk=chunk, sub_block=sub_block_tokens(-2.5, chunk), state=tuning,
+        output=tuning,
     )  # fmt: skip
 
 

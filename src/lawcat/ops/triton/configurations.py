@@ -110,33 +110,46 @@ def choose_configuration(
         processors: Multiprocessors of the device.
     """
     wide = max(padded_width(feature_dim), padded_width(value_dim))
-    is_float32 = dtype == torch.float32
-    is_prepared = wide <= 128 and not is_float32
-    # Chunks of 64 are what Hopper's matrix unit takes, with 4 warps; wider tiles do not fit into registers.
-    chunk = 64 if wide <= 64 or is_prepared else 32
-    warps = 4 if wide <= 64 else 8
-    value_block = min(padded_width(value_dim), 64 if wide >= 256 or is_float32 else 128)
-    # Enough programs to fill the device four times over, and segments long enough that their states are
-    # small beside q, k and v.
-    segment = 2 * chunk
-    while segment < (1024 if wide <= 64 else 2048) and -(-tokens // (2 * segment)) * states >= 4 * processors:
-        segment *= 2
+    gradient = Tuning(4, 2) if wide <= 64 else Tuning(8)
+    sizes: dict[str, Any] = {"gradient_chunk": 32, "gradient": gradient}
+    if wide <= 128 and dtype != torch.float32:
+        is_long = tokens * states >= 2**18
+        is_narrow = wide <= 64
+        return Configuration(
+            chunk=64,
+            sub_block=sub_block_tokens(min_log_decay, 64),
+            value_block=padded_width(value_dim),
+            segment=_segment_tokens(256, 2048, tokens, states, (4 if is_narrow else 1.9) * processors),
+            state=Tuning(4),
+            output=Tuning(4, 3 if is_narrow else 2),
+            is_prepared=True,
+            query_features=Tuning(4, 1, 128 if is_narrow else 168),
+            key_features=Tuning(4, 1, None if is_long else 128) if is_narrow else Tuning(4, 1, 168),
+            feature_chunks=4 if is_long or not is_narrow else 2,
+            # Wide weights of all taps would leave one program a multiprocessor.
+            feature_taps=4 if is_narrow else 0,
+            key_heads=4 if is_narrow and is_long else 1,
+            **sizes,
+        )
+    chunk = 64 if wide <= 64 else 32
+    tuning = Tuning(4 if wide <= 64 else 8)
     return Configuration(
         chunk=chunk,
         sub_block=sub_block_tokens(min_log_decay, chunk),
-        value_block=value_block,
-        segment=segment,
-        state=Tuning(4 if is_prepared else warps),
-        output=Tuning(4, 3 if wide <= 64 else 2) if is_prepared else Tuning(warps),
-        gradient_chunk=32,
-        gradient=Tuning(4, 2) if wide <= 64 else Tuning(8),
-        is_prepared=is_prepared,
-        query_features=Tuning(4, 1, 128) if wide <= 64 else Tuning(4),
-        key_features=Tuning(4),
-        feature_chunks=4,
-        feature_taps=4 if wide <= 64 else 2,
-        key_heads=4 if wide <= 64 and tokens * states >= 8192 * 32 else 1,
+        value_block=min(padded_width(value_dim), 64),
+        segment=_segment_tokens(2 * chunk, 1024, tokens, states, 4 * processors),
+        state=tuning,
+        output=tuning,
+        **sizes,
     )
+
+
+def _segment_tokens(shortest: int, longest: int, tokens: int, states: int, programs: float) -> int:
+    """Return the tokens of a segment: as many as leave so many programs, so that states are few."""
+    segment = shortest
+    while segment < longest and -(-tokens // (2 * segment)) * states >= programs:
+        segment *= 2
+    return segment
 
 
 def padded_width(width: int) -> int:
