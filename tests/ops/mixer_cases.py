@@ -157,7 +157,9 @@ def definition(
     log_decay = gate
     if gate_is_logit:
         log_decay = -torch.logaddexp(torch.zeros_like(gate), -gate) / 16
-        log_decay = torch.maximum(log_decay, torch.full_like(gate, min_log_decay))
+        log_decay = log_decay.clamp(
+            min=min_log_decay
+        )  # as where it is made: the gradient passes at the bound
     k, v, log_decay = (x.repeat_interleave(state_heads // x.shape[2], dim=2) for x in (k, v, log_decay))
     if mask is not None:
         padded = mask[:, :, None, None] == 0

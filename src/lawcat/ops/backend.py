@@ -20,10 +20,6 @@ from .triton import support
 
 ENVIRONMENT_VARIABLE = "LAWCAT_BACKEND"
 
-# Whether "auto" takes the kernels on a GPU. Not before `make test-gpu` has passed on them as they stand:
-# docs/kernels.md says what was run on which day.
-_KERNELS_BY_DEFAULT = False
-
 
 @dataclass(frozen=True)
 class Backend:
@@ -91,7 +87,7 @@ def _choose(backend: str = "auto", device: str = "cpu") -> tuple[str, str | None
     for source, name in requests.items():
         if name and _checked(name, source) != "auto":
             return name, source
-    takes_kernels = _KERNELS_BY_DEFAULT and device == "cuda" and support.missing() is None
+    takes_kernels = device == "cuda" and support.missing() is None
     return "triton" if takes_kernels else "torch", None
 
 
