@@ -73,12 +73,12 @@ def check(case: MixerCase, dtype: torch.dtype = torch.float32) -> dict[str, Tens
     return results
 
 
-def check_forward(case: MixerCase) -> None:
+def check_forward(case: MixerCase, tolerance: float = TOLERANCE[torch.float32]) -> None:
     tensors = case.tensors(torch.float32, DEVICE)
     with torch.no_grad():
         results = kernels(**tensors, **case.options())
     for what, actual in zip(("output", "state"), results, strict=False):
-        assert_near(actual.cpu(), answer(case)[what], TOLERANCE[torch.float32], what)
+        assert_near(actual.cpu(), answer(case)[what], tolerance, what)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 4, 63, 64, 65] if HAS_GPU else [3, 65])
@@ -144,7 +144,8 @@ def test_features_made_once(
     monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], configuration: dict[str, Any]
 ) -> None:
     configure(monkeypatch, is_prepared=True, **configuration)
-    check_forward(MixerCase(37, **({"taps": 2} | fields)))
+    # Decays are rounded before they are multiplied with features; no table entry takes this form for float32.
+    check_forward(MixerCase(37, **({"taps": 2} | fields)), tolerance=2e-5)
 
 
 def test_gradients_after_features_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
