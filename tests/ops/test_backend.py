@@ -67,13 +67,26 @@ def test_a_context_ends_with_an_error_too() -> None:
     assert choose_backend() == "torch"
 
 
-def test_a_context_is_of_its_thread() -> None:
+def test_a_context_is_of_the_process() -> None:
+    """Of all threads, those started before it too: autograd's are."""
+    asked, answered = threading.Barrier(2, timeout=10), threading.Barrier(2, timeout=10)
     seen: list[str] = []
+
+    def look() -> None:
+        for _ in range(2):
+            asked.wait()
+            seen.append(choose_backend())
+            answered.wait()
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
     with use_backend("reference"):
-        thread = threading.Thread(target=lambda: seen.append(choose_backend()))
-        thread.start()
-        thread.join()
-    assert seen == ["torch"]
+        asked.wait()
+        answered.wait()
+    asked.wait()
+    answered.wait()
+    thread.join()
+    assert seen == ["reference", "torch"]
 
 
 def test_unknown_names_say_where_they_come_from(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -77,8 +76,7 @@ def stream_text(
             failure.append(error)
             streamer.end()
 
-    # A thread knows nothing of `use_backend` around it unless it is told.
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(work,), daemon=True)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     yield from streamer
     thread.join()

@@ -6,7 +6,6 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +34,8 @@ _BACKENDS = (
     Backend("reference", "the definition token by token, on any device; slow, for tests", lambda: None),
     Backend("triton", "fused kernels for NVIDIA GPUs, differentiable", support.missing),
 )
-_forced: ContextVar[str | None] = ContextVar("lawcat_backend", default=None)
+# Of the process, not of a thread: autograd runs a backward, and what checkpointing repeats, in another one.
+_forced: str | None = None
 # Why "auto" has taken PyTorch on a GPU, each reason told once.
 _fallbacks: dict[str, None] = {}
 
@@ -51,16 +51,19 @@ def backend_names() -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within this context, ``backend="auto"`` means ``name``.
+    """Within this context, ``backend="auto"`` means ``name``, in every thread of the process.
+
+    Threads must not enter different ones at the same time: the last to enter has its way in all of them.
 
     Raises:
         BackendError: for a name that does not exist.
     """
-    token = _forced.set(_checked(name, "use_backend"))
+    global _forced
+    before, _forced = _forced, _checked(name, "use_backend")
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -81,7 +84,7 @@ def _choose(backend: str = "auto", device: str = "cpu") -> tuple[str, str | None
     """Return the name and who asked for it, None where nobody did."""
     requests = {
         "backend": backend,
-        "use_backend": _forced.get(),
+        "use_backend": _forced,
         ENVIRONMENT_VARIABLE: os.environ.get(ENVIRONMENT_VARIABLE),
     }
     for source, name in requests.items():
