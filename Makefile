@@ -50,7 +50,7 @@ test: $(VENV)/.test
 
 # On a machine with an NVIDIA GPU: the kernels on the device, with the shapes that an interpreter cannot do.
 test-gpu: $(VENV)/.test
-	$(BIN)/python -m pytest tests/ops tests/model tests/inference -k "triton or gpu or graph"
+	$(BIN)/python -m pytest tests/ops tests/model tests/inference tests/distill -k "triton or gpu or graph"
 
 check: $(VENV)/.test
 	$(BIN)/ruff check src tests
