@@ -78,10 +78,10 @@ class HalfLoraLinear(Linear):
 
 
 def use_half_precision(model: nn.Module) -> None:
-    """Turn peft's LoRA layers of a model, without dropout and variants, into those above, in place.
+    """Turn peft's LoRA layers of a model into those above, in place.
 
     Args:
-        model: After ``peft.get_peft_model``.
+        model: After ``peft.get_peft_model``, of a configuration with neither dropout nor a variant as DoRA.
     """
     for module in model.modules():
         if type(module) is Linear:

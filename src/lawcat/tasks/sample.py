@@ -110,9 +110,9 @@ class Task(ABC):
 
     A subclass makes samples in `make`, and sets `name`, `metrics` (headline first), `default_options` and,
     whenever its prompts change, a new `version`, so that answers kept from before are not taken for answers
-    to the new prompts. `uses_prose`
-    says that the user's own text, where one is given, should surround the answer (option `haystack`).
-    `has_zero_length` says that a nominal length of 0 means something: the question without text around it.
+    to the new prompts. `uses_prose` says that the user's own text, where one is given, should surround the
+    answer (option `haystack`). `has_zero_length` says that a nominal length of 0 means something: the question
+    without text around it.
     """
 
     name: str
