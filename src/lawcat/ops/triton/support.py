@@ -39,7 +39,8 @@ def missing() -> str | None:
 
 
 @functools.cache
-def _too_old(device: torch.device) -> str | None:
+def too_old(device: torch.device) -> str | None:
+    """Return why no kernel can run on a CUDA device, or None where they can."""
     capability = torch.cuda.get_device_capability(device)
     if capability < _OLDEST_CAPABILITY:
         found = ".".join(map(str, capability))
@@ -65,7 +66,7 @@ def unsupported_because(
     if not is_interpreted():
         if q.device.type != "cuda":
             return f"the tensors are on {q.device.type}; the kernels run on cuda"
-        if reason := _too_old(q.device):
+        if reason := too_old(q.device):
             return reason
     for name, tensor in (("q", q), ("k", k), ("v", v), ("gate", gate)):
         if tensor.dtype not in _DTYPES:
