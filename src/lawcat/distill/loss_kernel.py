@@ -46,10 +46,10 @@ def _loss_kernel(
     wanted = tl.load(student + target).to(tl.float32)
 
     # Sums of exponentials below the largest logit so far.
-    largest = -float("inf")
+    largest = OUTSIDE
     total = 0.0
     tempered_total = 0.0
-    teacher_largest = -float("inf")
+    teacher_largest = OUTSIDE
     teacher_total = 0.0
     difference = 0.0
     for start in range(0, vocabulary, BLOCK):
@@ -71,32 +71,39 @@ def _loss_kernel(
             teacher_largest = teacher_new
         largest = new
 
-    log_total = largest + tl.log(total)
-    tl.store(losses + 2 * row, weight * (log_total - wanted))
+    # Without the largest logits, next to which they would lose digits.
+    log_total = tl.log(total)
+    tl.store(losses + 2 * row, weight * (largest - wanted + log_total))
     log_tempered = 0.0
     log_teacher = 0.0
     kl = 0.0
     if HAS_TEACHER:
-        log_tempered = largest / temperature + tl.log(tempered_total)
-        log_teacher = teacher_largest / temperature + tl.log(teacher_total)
-        kl = difference / teacher_total / temperature - log_teacher + log_tempered
+        log_tempered = tl.log(tempered_total)
+        log_teacher = tl.log(teacher_total)
+        kl = (difference / teacher_total - (teacher_largest - largest)) / temperature
+        kl += log_tempered - log_teacher
     tl.store(losses + 2 * row + 1, weight * kl * temperature * temperature)
 
     for start in range(0, vocabulary, BLOCK):
         inside = start + column < vocabulary
         s = tl.load(student + start + column, mask=inside, other=0.0).to(tl.float32)
         is_target = (start + column == target).to(tl.float32)
-        gradient = cross_entropy_weight * (tl.exp(s - log_total) - is_target)
+        gradient = cross_entropy_weight * (tl.exp(s - largest - log_total) - is_target)
         if HAS_TEACHER:
             t = tl.load(teacher + row * vocabulary + start + column, mask=inside, other=0.0).to(tl.float32)
-            p = tl.exp(t / temperature - log_teacher)
-            gradient += kl_weight * temperature * (tl.exp(s / temperature - log_tempered) - p)
+            p = tl.exp((t - teacher_largest) / temperature - log_teacher)
+            tempered = tl.exp((s - largest) / temperature - log_tempered)
+            gradient += kl_weight * temperature * (tempered - p)
         tl.store(student + start + column, weight * gradient, mask=inside)
 
 
 def is_usable(hidden: Tensor) -> bool:
     """Return whether the kernel can take the logits of these hidden states."""
-    return hidden.dtype in _DTYPES and (hidden.device.type == "cuda" or support.is_interpreted())
+    if hidden.dtype not in _DTYPES:
+        return False
+    if support.is_interpreted():
+        return True
+    return hidden.device.type == "cuda" and support.too_old(hidden.device) is None
 
 
 def loss_and_gradient(
