@@ -260,24 +260,99 @@ def test_what_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert graphs.num_graphs == 2
 
 
+def interrupted(error: Exception) -> Callable[..., Any]:
+    """Return what, in the place of gradient clipping, stops a step that has its gradients."""
+
+    def stop(*arguments: Any) -> Any:
+        raise error
+
+    return stop
+
+
 def test_a_capture_that_fails_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     class Fails(Repetition):
         def capture(self, function: Callable[[], Any]) -> None:
-            function()
-            raise RuntimeError("operation not permitted when stream is capturing")
+            reason = RuntimeError("operation not permitted when stream is capturing")
+            try:  # as torch.cuda.graph, whose end fails as well
+                with monkeypatch.context() as patch:
+                    patch.setattr(torch.nn.utils, "clip_grad_norm_", interrupted(reason))
+                    function()
+            finally:
+                raise RuntimeError("operation failed due to a previous error during capture")
 
-    expected = train(make_step(make_stage(1), is_queued=True), batches_of(1, 2))
-    step = make_step(make_stage(1), is_queued=True, make_graph=Fails)
-    assert_same_steps(train(step, batches_of(1, 2)[:2]), expected[:2])
-    graphs, _ = counted(Fails)
+    stage, plain = make_stage(2), make_stage(2)
+    expected = train(make_step(plain, is_queued=True), batches_of(2))
+    step = make_step(stage, is_queued=True, make_graph=Fails)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        for seed in range(5):
-            assert graphs(random_batch(seed)) == random_batch(seed).input_ids.sum()
+        found = train(step, batches_of(2))
     assert [str(warning.message) for warning in told] == [
         "training goes on without CUDA graphs: operation not permitted when stream is capturing"
     ]
-    assert graphs.num_graphs == 0
+    assert step.num_graphs == 0
+    assert_same_steps(found, expected)
+    for name, value in parameters_of(stage).items():
+        assert torch.equal(value, parameters_of(plain)[name]), name
+
+
+def test_graphs_are_given_up_where_their_memory_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    replaying: list[bool] = []
+
+    class Takes(Repetition):
+        def replay(self) -> Any:
+            replaying.append(True)
+            result = super().replay()
+            replaying.clear()
+            return result
+
+    stage, plain = make_stage(2), make_stage(2)
+    batches = batches_of(2)
+    expected = train(make_step(plain, is_queued=True), batches)
+    step = make_step(stage, is_queued=True, make_graph=Takes)
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def full(*arguments: Any) -> Tensor:
+        """There is room for a step or for graphs."""
+        if step.num_graphs and not replaying:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return clip(*arguments)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", full)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = train(step, batches)
+    assert [str(warning.message) for warning in told] == [
+        "training goes on without CUDA graphs: there is no memory for them"
+    ]
+    assert step.num_graphs == 0
+    assert_same_steps(found, expected)
+    for name, value in parameters_of(stage).items():
+        assert torch.equal(value, parameters_of(plain)[name]), name
+    # Without graphs there is nothing to give up.
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", interrupted(torch.OutOfMemoryError("full")))
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        step(batches[0], learning_rate_factor=1.0)
+
+
+def test_graphs_go_where_they_would_be_in_the_way() -> None:
+    stage = make_stage(1)
+    step = make_step(stage, is_queued=True, make_graph=Repetition)
+    for work in (
+        lambda: step.load_state_dict(step.state_dict()),  # what they would write to is replaced
+        lambda: step.compute_gradients(random_batch(0)),  # takes the memory that they hold
+    ):
+        train(step, batches_of(1))
+        assert step.num_graphs
+        work()
+        assert step.num_graphs == 0
+
+
+def test_training_on_a_cpu_leaves_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(Tensor, "pin_memory", interrupted(AssertionError("memory was pinned")))
+    step = make_step(make_stage(1), is_queued=True, make_graph=Repetition)
+    train(step, batches_of(1))
+    assert step.num_graphs
 
 
 def test_where_there_are_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,6 +471,26 @@ def test_steps_by_cuda_graphs_on_a_gpu(number: int, backend: str, monkeypatch: p
         assert moved.abs().max() > 0, name
         # Where a gradient is rounding alone, Adam goes one way or the other.
         assert (found["auto"][1][name] - value).norm() < 0.2 * moved.norm(), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
+def test_a_capture_that_fails_on_a_gpu() -> None:
+    device = torch.device("cuda", 0)
+    present = torch.cuda.current_stream(device)
+
+    def waits(batch: Batch, flag: bool) -> Tensor:
+        return batch.input_ids.sum() + int(batch.input_ids.max().item())
+
+    graphs = StepGraphs(waits, device, graphs_for(device, 1))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for seed in range(4):
+            ids = random_batch(seed).input_ids
+            assert graphs(random_batch(seed)).item() == ids.sum() + ids.max()
+    assert [str(warning.message)[:38] for warning in told] == ["training goes on without CUDA graphs: "]
+    assert "capturing" in str(told[0].message)
+    assert torch.cuda.current_stream(device) == present
 
 
 @pytest.mark.gpu

@@ -19,6 +19,7 @@ from torch import Tensor
 from lawcat.distill.sequence import Batch
 from lawcat.errors import ConfigurationError
 from lawcat.inference.decode_graph import CudaGraph
+from lawcat.memory import free_memory
 from lawcat.ops import choose_backend
 
 ENVIRONMENT_VARIABLE = "LAWCAT_CUDA_GRAPHS"
@@ -71,9 +72,11 @@ class _Captured:
 class StepGraphs:
     """Runs a function of a batch, and from a graph once batches of a shape have come a few times.
 
+    Where a call runs out of memory that graphs hold, they are given up and it runs again.
+
     Args:
-        function: Its work must be the same for all batches of a shape. Its result is one of tensors, which
-            the next call may write over.
+        function: Its work must be the same for all batches of a shape, and may be begun anew where memory has
+            run out. Its result is one of tensors, which the next call may write over.
         device: Where the batch goes.
         make_graph: Makes an unused graph, of one pool of memory with those before; None runs the function.
 
@@ -111,7 +114,7 @@ class StepGraphs:
             captured = self._capture(key, self._static_batch(shape, batch), flag)
         if captured is None:
             self._seen[key] += 1
-            return self._function(_on_device(batch, self._device), flag)
+            return self._run(batch, flag)
         _copy(batch, captured.batch)
         return captured.graph.replay()
 
@@ -125,6 +128,20 @@ class StepGraphs:
         self._captured.clear()
         self._inputs.clear()
         self._seen.clear()
+
+    def _run(self, batch: Batch, flag: bool) -> Any:
+        try:
+            return self._function(_on_device(batch, self._device), flag)
+        except torch.OutOfMemoryError:
+            if not self._captured:
+                raise
+        # Graphs keep what a step takes, and a step beside them takes as much again. Not in the handler: its
+        # error holds what that step had made.
+        self._make_graph = None
+        self.release()
+        free_memory()
+        warnings.warn("training goes on without CUDA graphs: there is no memory for them", stacklevel=4)
+        return self._function(_on_device(batch, self._device), flag)
 
     def _is_due(self, key: object) -> bool:
         if self._make_graph is None or len(self._captured) >= _MOST_GRAPHS:
@@ -146,26 +163,27 @@ class StepGraphs:
             graph.capture(lambda: self._function(batch, flag))
         except Exception as error:  # what is captured may not wait for the GPU, for one
             self._make_graph = None
-            warnings.warn(f"training goes on without CUDA graphs: {error}", stacklevel=4)
+            # The end of a capture that failed fails, too, and does not say why.
+            warnings.warn(f"training goes on without CUDA graphs: {error.__context__ or error}", stacklevel=4)
             return None
         self._captured[key] = _Captured(graph, batch)
         return self._captured[key]
 
 
 def _on_device(batch: Batch, device: torch.device) -> Batch:
-    ids, weight, is_answer = (_pinned(t).to(device, non_blocking=True) for t in _tensors(batch))
+    ids, weight, is_answer = (_pinned(t, device).to(device, non_blocking=True) for t in _tensors(batch))
     return Batch(ids, weight, is_answer, batch.sources)
 
 
 def _copy(batch: Batch, to: Batch) -> None:
     for tensor, place in zip(_tensors(batch), _tensors(to), strict=True):
-        place.copy_(_pinned(tensor), non_blocking=True)
+        place.copy_(_pinned(tensor, place.device), non_blocking=True)
 
 
 def _tensors(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     return batch.input_ids, batch.loss_weight, batch.is_answer
 
 
-def _pinned(tensor: Tensor) -> Tensor:
-    """Return a CPU tensor in memory that a GPU reads by itself, so that a copy need not be waited for."""
-    return tensor.pin_memory() if tensor.device.type == "cpu" and torch.cuda.is_available() else tensor
+def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a CPU tensor in memory that the device, a GPU, reads by itself: its copy is not waited for."""
+    return tensor.pin_memory() if (tensor.device.type, device.type) == ("cpu", "cuda") else tensor

@@ -140,6 +140,7 @@ class TrainingStep:
 
     def compute_gradients(self, batch: Batch) -> None:
         """Set the gradients to those of a batch, and leave all else as it is."""
+        self.release()  # they need the memory that a step takes
         self._optimizer.zero_grad(set_to_none=True)
         self._stage.backward(batch.to(self._workers.device), self._workers)
 
@@ -152,6 +153,7 @@ class TrainingStep:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what ``state_dict`` returned, also on another device."""
+        self.release()  # they write to the state that was
         groups = [{**group, **self._options} for group in state["param_groups"]]
         self._optimizer.load_state_dict({**state, "param_groups": groups})
 

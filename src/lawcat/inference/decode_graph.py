@@ -83,6 +83,8 @@ class CudaGraph:
         """Record what the function launches. Nothing is computed."""
         with (
             torch.cuda.device(self._device),
+            # Where the capture fails, its own stream stays the present one.
+            torch.cuda.stream(torch.cuda.current_stream(self._device)),
             # Other threads may use the GPU meanwhile.
             torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"),
         ):
