@@ -53,6 +53,10 @@ def with_design(table: Configuration, is_prepared: bool) -> Configuration:
 
 def main() -> None:
     """Run forward, backward and decode."""
+    # Apart, so that what is written beside one is not in another.
+    mixer.workspace = lambda sizes, dtype, device: [
+        torch.empty(size, dtype=dtype, device=device) for size in sizes
+    ]
     for is_prepared, (width, features), strong in itertools.product(
         (False, True), ((64, 64), (80, 48)), (False, True)
     ):

@@ -26,8 +26,9 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU and not triton.knobs.runtime.interpret:
     pytest.skip("triton was imported without its interpreter", allow_module_level=True)
 
-from lawcat.ops.triton import mixer, support  # noqa: E402
+from lawcat.ops.triton import launch, mixer, support  # noqa: E402
 from lawcat.ops.triton.configurations import choose_configuration  # noqa: E402
+from lawcat.ops.triton.launch import Launch  # noqa: E402
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 on_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
@@ -298,31 +299,117 @@ def test_auto_falls_back_and_says_so_once(
     assert "fell back to torch: q is torch.float64" in explain()
 
 
-def test_reuse_of_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled once for each type, alignment and constant, whatever the lengths; values in their order."""
-    monkeypatch.setattr(mixer, "reuse_compiled", True)
-    monkeypatch.setattr(mixer, "_compiled", {})
-    calls: list[Any] = []
+class FakeKernel:
+    """Notes what is compiled, and what is launched without being compiled."""
 
-    class Kernel:
-        arg_names = ("x", "y", "tokens", "A", "B")
+    arg_names = ("x", "y", "tokens", "A", "B")
 
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            def run(*arguments: Any, **options: Any) -> Any:
-                calls.append("compiled" if "num_warps" in options else (grid, arguments))
-                return self
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
 
-            return run
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def run(*arguments: Any, **options: Any) -> Any:
+            self.calls.append("compiled" if "num_warps" in options else (grid, arguments))
+            return self
 
-    kernel, x = Kernel(), torch.zeros(64)
-    mixer.launch(kernel, 3, x, None, 5, B=2, A=1, warps=4)
-    mixer.launch(kernel, 7, x, None, 9, B=2, A=1, warps=4)
-    assert calls == ["compiled", ((7, 1, 1), (x, None, 9, 1, 2))]
-    for changed in ((x.half(), None, 5), (x[1:], None, 5), (x, x, 5), (x, None, 2**31)):
-        mixer.launch(kernel, 3, *changed, B=2, A=1, warps=4)
-    mixer.launch(kernel, 3, x, None, 5, B=2, A=3, warps=4)
-    mixer.launch(kernel, 3, x, None, 5, B=2, A=1, warps=8)
-    assert calls[2:] == ["compiled"] * 6
+        return run
+
+
+def test_reuse_of_what_was_compiled() -> None:
+    """Compiled once for each device, dtype and None, whatever the lengths; constants in their order."""
+    kernel, x = FakeKernel(), torch.zeros(64)
+    again = Launch(kernel, 2, B=2, A=1, warps=4)
+    again(3, (x, None), (5,))
+    again(7, (x.clone(), None), (9,))
+    again(7, (x, None), (1,))
+    assert kernel.calls[0] == "compiled"
+    assert [grid for grid, _ in kernel.calls[1:]] == [(14, 1, 1)] * 2
+    assert kernel.calls[2][1] == (x.data_ptr(), None, 1, 1, 2)
+    kernel.calls.clear()
+    others = [((x.half(), None), (5,)), ((x, x), (5,)), ((x, x.half()), (5,)), ((x.to("meta"), None), (5,))]
+    for tensors, numbers in others:
+        again(3, tensors, numbers)
+    assert kernel.calls == ["compiled"] * 4
+    for tensors, numbers in others:
+        again(3, tensors, numbers)
+    assert "compiled" not in kernel.calls[4:]
+    Launch(kernel, 2, B=2, A=3, warps=4)(3, (x, None), (5,))
+    Launch(kernel, 2, B=2, A=1, warps=8)(3, (x, None), (5,))
+    assert kernel.calls[8:] == ["compiled"] * 2
+
+
+@pytest.mark.parametrize("is_reusing", [False, True])
+def test_what_is_not_reused(monkeypatch: pytest.MonkeyPatch, is_reusing: bool) -> None:
+    """Unaligned tensors and integers of 64 bits; nothing where it is switched off."""
+    monkeypatch.setattr(launch, "reuse_compiled", is_reusing)
+    kernel, x = FakeKernel(), torch.zeros(64)
+    again = Launch(kernel, 1, A=1, B=2, warps=4)
+    odd = [((x[1:], None), (5,)), ((x, x[2:]), (5,)), ((x, None), (2**31,))]
+    for tensors, numbers in odd * 2:
+        again(3, tensors, numbers)
+    assert kernel.calls == ["compiled"] * 6
+    for _ in range(2):
+        again(3, (x[4:], None), (2**31 - 1,))
+    assert (kernel.calls[7] == "compiled") != is_reusing
+
+
+def test_what_cannot_be_launched_again_is_not_kept() -> None:
+    """Triton gives nothing in its interpreter, and a promise in its asynchronous mode."""
+    for result in (None, object()):
+        calls: list[Any] = []
+
+        class Kernel:
+            def __getitem__(self, grid: tuple[int, ...], calls: Any = calls, result: object = result) -> Any:
+                calls.append(grid)
+                return lambda *arguments, **options: result
+
+        again = Launch(Kernel(), 1, warps=4)
+        for _ in range(2):
+            again(3, (torch.zeros(4),), (5,))
+        assert calls == [(3,), (3,)]
+
+
+@pytest.mark.usefixtures("short_segments")
+@pytest.mark.parametrize("is_prepared", [False, True])
+def test_no_integer_is_compiled_in(monkeypatch: pytest.MonkeyPatch, is_prepared: bool) -> None:
+    """What a launch takes as given: Triton would compile anew for 1 and for multiples of 16."""
+    specialized: dict[str, set[str]] = {}
+
+    def note(self: Launch, units: int, tensors: tuple[Any, ...], numbers: tuple[float, ...]) -> None:
+        kernel = self._kernel
+        listed = kernel.kwargs["do_not_specialize"] if hasattr(kernel, "kwargs") else kernel.do_not_specialize
+        names = kernel.arg_names[len(tensors) :]
+        integers = {name for name, number in zip(names, numbers, strict=False) if isinstance(number, int)}
+        specialized[kernel.fn.__name__] = integers - set(listed)
+        assert not any(isinstance(number, bool) for number in numbers)
+
+    monkeypatch.setattr(Launch, "__call__", note)
+    monkeypatch.setattr(mixer, "allocate", torch.zeros)
+    configure(monkeypatch, is_prepared=is_prepared, chunk=64, segment=64)
+    run(kernels, MixerCase(20, min_log_decay=-10.0), torch.float32, DEVICE)
+    assert not any(specialized.values()), specialized
+    assert len(specialized) == (12 if is_prepared else 9)
+
+
+def test_calls_of_one_shape_share_their_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def plan(case: MixerCase, choose: Any = choose_configuration) -> mixer.Plan:
+        monkeypatch.setattr(mixer, "choose_configuration", choose)
+        tensors = case.tensors(torch.float32)
+        inputs = mixer.MixerInputs(
+            *(tensors[name] for name in ("q", "k", "v", "gate", "q_taps", "k_taps", "map_weight")),
+            num_state_heads=case.state_heads,
+        )
+        return mixer.make_plan(inputs, mixer.MixerOptions(is_logit=True, eps=1e-6))
+
+    first = plan(MixerCase(9))
+    assert plan(MixerCase(9)).segments is first.segments
+    assert plan(MixerCase(10)).segments is not first.segments
+    assert plan(MixerCase(10)).layout is first.layout
+
+    def shorter(*arguments: Any) -> Any:
+        return dataclasses.replace(choose_configuration(*arguments), segment=64)
+
+    assert plan(MixerCase(9), shorter).segments.size == (9, 1, 64)
 
 
 @pytest.mark.skipif(HAS_GPU, reason="of machines without a GPU")
@@ -392,7 +479,6 @@ def test_designs(monkeypatch: pytest.MonkeyPatch, width: int, is_prepared: bool)
     """With real chunks; the second call launches what the first compiled."""
     fields = {"chunk": 64, "value_block": 64} if is_prepared else {"chunk": 64 if width == 64 else 32}
     configure(monkeypatch, is_prepared=is_prepared, segment=128, gradient_chunk=32, **fields)
-    monkeypatch.setattr(mixer, "reuse_compiled", True)
     for gate_scale in (1.0, 100.0):
         case = MixerCase(
             1000, heads=4, kv_heads=2, state_heads=4, width=width, feature_dim=width, gate_scale=gate_scale

@@ -15,14 +15,13 @@ K convolution taps. A tile's rows or columns beyond F / 2, D or R are padding up
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...errors import BackendError
+from . import support
 
 MAX_WIDTH = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -305,7 +304,7 @@ def decode_step(
         half, group = features // 2, num_heads // num_state_heads
         blocks = _blocks(group, half, head_dim)
         launch = _decode_step[(batch * num_state_heads,)]
-        with _device_of(q):
+        with support.on_device_of(q):
             launch(
                 q,
                 k,
@@ -340,13 +339,6 @@ def decode_step(
                 **blocks,
             )
     return out[:, None] if has_token_dim else out
-
-
-def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Return a context in which triton launches on the tensor's device, which it does not look at."""
-    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(tensor.device)
 
 
 def _blocks(group: int, half: int, head_dim: int) -> dict[str, int]:

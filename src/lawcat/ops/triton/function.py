@@ -5,24 +5,18 @@
 
 from __future__ import annotations
 
-import contextlib
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .mixer import Forward, MixerInputs, MixerOptions, Plan, backward, forward, make_plan
+from .mixer import Forward, MixerInputs, MixerOptions, backward, forward, make_plan
+from .support import on_device_of
 
-# The tensors that a gradient is taken of, in the order of MixerFunction's arguments.
+# The fields of MixerInputs in their order: those that a gradient is taken of, and the other tensors.
 _DIFFERENTIABLE = ("q", "k", "v", "gate", "q_taps", "k_taps", "map_weight", "initial_state")
 _CONSTANT = ("q_before", "k_before", "keep")
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which kernels are launched on this device."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 class MixerFunction(torch.autograd.Function):
@@ -31,10 +25,10 @@ class MixerFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         """Arguments: the tensors of ``MixerInputs``, then boundaries, state heads and options."""
-        *tensors, boundaries, num_state_heads, options = arguments
-        plan = _plan(tensors, boundaries, num_state_heads, options)
-        with _on(plan.inputs.q.device):
-            result = forward(plan, save_sums=True)
+        *inputs, options = arguments
+        with on_device_of(inputs[0]):
+            result = forward(make_plan(MixerInputs(*inputs), options), save_sums=True)
+        *tensors, boundaries, num_state_heads = inputs
         ctx.save_for_backward(
             *tensors, result.output, result.states, result.normalisers, result.strongest, result.weight_sums
         )
@@ -51,13 +45,14 @@ class MixerFunction(torch.autograd.Function):
         saved_tensors = ctx.saved_tensors
         tensors = saved_tensors[:count]
         output, states, normalisers, strongest, weight_sums = saved_tensors[count:]
-        plan = _plan(tensors, *ctx.constants)
+        *constants, options = ctx.constants
         if grad_output is None:
             grad_output = torch.zeros_like(output)
         if grad_final is not None:
             grad_final = grad_final.float().contiguous()
         saved = Forward(output, output, states, normalisers, strongest, weight_sums)
-        with _on(output.device):
+        with on_device_of(output):
+            plan = make_plan(MixerInputs(*tensors, *constants), options)
             gradients = backward(plan, saved, grad_output.contiguous(), grad_final)
         wanted = [
             getattr(gradients, name) if needed else None
@@ -66,37 +61,34 @@ class MixerFunction(torch.autograd.Function):
         return (*wanted, *[None] * (len(_CONSTANT) + 3))
 
 
-def _plan(
-    tensors: Any, boundaries: tuple[int, ...] | None, num_state_heads: int, options: MixerOptions
-) -> Plan:
-    named = dict(zip((*_DIFFERENTIABLE, *_CONSTANT), tensors, strict=True))
-    return make_plan(MixerInputs(**named, boundaries=boundaries, num_state_heads=num_state_heads), options)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def run(inputs: MixerInputs, options: MixerOptions) -> tuple[Tensor, Tensor]:
     """Return output [B, T, H, D] and final state [S, N, F, D + 1] float32 of checked inputs.
 
     They may be laid out in any way; q, k and v may differ in dtype.
     """
-    dtype = torch.promote_types(torch.promote_types(inputs.q.dtype, inputs.k.dtype), inputs.v.dtype)
-    output_dtype = inputs.v.dtype
-    tensors = []
-    for name in (*_DIFFERENTIABLE, *_CONSTANT):
-        tensor = getattr(inputs, name)
-        if tensor is not None:
-            if name in ("q", "k", "v"):
-                tensor = tensor.to(dtype)
-            elif name == "initial_state":
-                tensor = tensor.float()
-            tensor = tensor.contiguous()
-        tensors.append(tensor)
-    constants = inputs.boundaries, inputs.num_state_heads, options
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        output, state = MixerFunction.apply(*tensors, *constants)
+    # Asked for, as what keeps a compiler out costs microseconds where there is none.
+    return _run_uncompiled(inputs, options) if torch.compiler.is_compiling() else _run(inputs, options)
+
+
+def _run(inputs: MixerInputs, options: MixerOptions) -> tuple[Tensor, Tensor]:
+    q, k, v, state = inputs.q, inputs.k, inputs.v, inputs.initial_state
+    output_dtype = v.dtype
+    if not q.dtype == k.dtype == v.dtype:
+        dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    tensors = (
+        q, k, v, inputs.gate, inputs.q_taps, inputs.k_taps, inputs.map_weight,
+        None if state is None else state.float(), inputs.q_before, inputs.k_before, inputs.keep,
+    )  # fmt: skip
+    arguments = [None if t is None else t.contiguous() for t in tensors]
+    constants = inputs.boundaries, inputs.num_state_heads
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments):
+        output, final = MixerFunction.apply(*arguments, *constants, options)
     else:
-        plan = _plan(tensors, *constants)
-        with _on(plan.inputs.q.device):
-            result = forward(plan)
-        output, state = result.output, result.final
-    return output.to(output_dtype), state
+        with on_device_of(q):
+            result = forward(make_plan(MixerInputs(*arguments, *constants), options))  # type: ignore[arg-type, call-arg]
+        output, final = result.output, result.final
+    return output.to(output_dtype), final
+
+
+_run_uncompiled = torch.compiler.disable(_run)

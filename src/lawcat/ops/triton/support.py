@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import os
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -82,3 +84,11 @@ def unsupported_because(
     if feature_dim % 2:
         return f"feature_dim={feature_dim} is odd; the kernels take even ones"
     return None
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which Triton launches on the tensor's device, at which it does not look."""
+    device = tensor.device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
