@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import TinyRun, assert_same_student, on_one_processor
+from tiny_runs import TinyRun, assert_same_student, free_port, on_one_processor
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -411,6 +411,18 @@ def test_a_queued_run_resumes(run: TinyRun, queued: None) -> None:
     assert_same_student(run("queued in parts").path, whole)
     rows = read_log(run.place / "queued in parts" / "training_log.jsonl")
     assert [row["step"] for row in rows] == [*range(1, 7), *range(1, 7)]
+
+
+def test_two_processes_queue_their_steps(run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "TrainingStep", functools.partial(TrainingStep, is_queued=True))
+    options = {"attention_transfer__steps": 3, "recovery__steps": 3, "recovery__carried_sequences": 2}
+    one = run("queued by one", **options).path
+    run.in_two_processes(lambda rank: run("queued by two", **options), free_port())
+    rows = [read_log(path / "training_log.jsonl") for path in (one, run.place / "queued by two")]
+    assert len(rows[0]) == 6
+    for mine, theirs in zip(*rows, strict=True):
+        for name in ("loss", "grad_norm", "tokens"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-5), name
 
 
 @pytest.mark.parametrize(
