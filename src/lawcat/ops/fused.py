@@ -16,7 +16,7 @@ from .convolution import causal_conv1d_of_heads
 from .decay import log_decay_of
 from .feature_map import hedgehog_feature_map
 from .precision import without_autocast
-from .shapes import repeat_heads
+from .shapes import check_eps, check_shapes, repeat_heads
 from .triton import support
 
 MixerResult = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -173,36 +173,24 @@ def _check(
                 f"boundaries are {boundaries}; for q {tuple(q.shape)} they must rise from 0 to T, with B = 1."
             )
     taps = None if q_taps is None else q_taps.shape[-1]
-    expected: dict[str, tuple[Tensor | None, tuple[int | None, ...]]] = {
+    features = 2 * half
+    check_shapes(q, {
         "k": (k, (batch, tokens, kv_heads, width)),
         "v": (v, (batch, tokens, kv_heads, None)),
-        "gate": (gate, (batch, tokens, kv_heads, 1 if gate.shape[-1] == 1 else 2 * half)),
+        "gate": (gate, (batch, tokens, kv_heads, 1 if gate.shape[-1] == 1 else features)),
         "map_weight": (map_weight, (state_heads, width, half)),
         "q_taps": (q_taps, (heads * width, taps)),
         "k_taps": (k_taps, (state_heads * width, taps)),
-        "initial_state": (initial_state, (sequences, state_heads, 2 * half, v.shape[-1] + 1)),
+        "initial_state": (initial_state, (sequences, state_heads, features, v.shape[-1] + 1)),
         "q_inputs": (q_inputs, (sequences, heads * width, (taps or 1) - 1)),
         "k_inputs": (k_inputs, (sequences, state_heads * width, (taps or 1) - 1)),
         "mask": (mask, (batch, tokens)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is None:
-            continue
-        if tensor.ndim != len(shape) or any(
-            w not in (None, s) for s, w in zip(tensor.shape, shape, strict=True)
-        ):
-            wanted = ", ".join("any" if size is None else str(size) for size in shape)
-            raise ValueError(
-                f"{name} is {tuple(tensor.shape)}; with q {tuple(q.shape)} it must be [{wanted}]."
-            )
-        if tensor.device != q.device:
-            raise ValueError(f"{name} is on {tensor.device} and q on {q.device}; move them to one device.")
+    })  # fmt: skip
     if (q_taps is None) != (k_taps is None):
         raise ValueError("q_taps and k_taps come together: give both or none.")
     if (q_inputs is None) != (k_inputs is None):
         raise ValueError("q_inputs and k_inputs come together: give both or none.")
-    if eps <= 0:
-        raise ValueError(f"eps={eps} must be above 0: the normaliser it is added to may be 0.")
+    check_eps(eps)
 
 
 def _run_kernels(
@@ -266,13 +254,18 @@ def _last_inputs(
             for s, (a, b) in enumerate(itertools.pairwise(boundaries))
         ]  # fmt: skip
         return torch.cat(parts)
-    last = x[:, -kept:]
+    batch, tokens, groups, width = x.shape
+    first = max(0, tokens - kept)
+    last = x[:, first:]
     if mask is not None:
-        last = last * mask[:, -kept:, None, None].to(x.dtype)
-    last = repeat_heads(last, heads).flatten(2).transpose(1, 2)  # [B, C, tokens]
-    missing = kept - last.shape[2]
+        last = last * mask[:, first:, None, None].to(x.dtype)
+    last = last.permute(0, 2, 3, 1)  # [B, G, D, tokens]
+    if groups != heads:
+        last = last[:, :, None].expand(-1, -1, heads // groups, -1, -1)
+    last = last.reshape(batch, heads * width, tokens - first)
+    missing = kept - tokens + first
     if missing:
-        shape = (x.shape[0], last.shape[1], missing)
+        shape = (batch, heads * width, missing)
         earlier = x.new_zeros(shape) if before is None else before[:, :, -missing:].to(x.dtype)
         last = torch.cat([earlier, last], dim=2)
     return last.contiguous()

@@ -7,6 +7,8 @@ Legend of this package (batch first, one layout everywhere):
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 
@@ -51,8 +53,37 @@ def check_attention_inputs(
     if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"the tensors are on different devices: {names}; move them to one.")
+    check_eps(eps)
+
+
+def check_eps(eps: float) -> None:
+    """Raise ``ValueError`` if what is added to the normaliser is not above 0."""
     if eps <= 0:
         raise ValueError(f"eps={eps} must be above 0: the normaliser it is added to may be 0.")
+
+
+def check_shapes(q: Tensor, expected: Mapping[str, tuple[Tensor | None, tuple[int | None, ...]]]) -> None:
+    """Raise ``ValueError`` where a tensor has not the shape expected, or is not where q is.
+
+    Args:
+        q: What the shapes are expected with.
+        expected: Tensors by name, None for those that are not there, and shapes, with None for any size.
+    """
+    device = q.device
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape and not _fits(tensor.shape, shape):
+            wanted = ", ".join("any" if size is None else str(size) for size in shape)
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)}; with q {tuple(q.shape)} it must be [{wanted}]."
+            )
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} and q on {device}; move them to one device.")
+
+
+def _fits(sizes: tuple[int, ...], shape: tuple[int | None, ...]) -> bool:
+    return len(sizes) == len(shape) and all(w in (None, s) for s, w in zip(sizes, shape, strict=True))
 
 
 def check_log_decay(highest: float) -> None:

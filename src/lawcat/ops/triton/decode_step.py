@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...errors import BackendError
+from ..shapes import check_eps, check_shapes
 from . import support
 
 MAX_WIDTH = 256
@@ -408,8 +409,7 @@ def _check_shapes(
         )
     if features < 2 or features % 2:
         raise ValueError(f"state has {features} features; their number must be even and at least 2.")
-    if eps <= 0:
-        raise ValueError(f"eps={eps} must be above 0: the normaliser it is added to may be 0.")
+    check_eps(eps)
     given = [tensor is not None for tensor in convolutions]
     if any(given) and not all(given):
         raise ValueError("give all of q_inputs, k_inputs, q_conv and k_conv, or none for no convolution.")
@@ -419,7 +419,7 @@ def _check_shapes(
         raise ValueError(f"q_conv has {taps} taps; it must have at least 2.")
     q_channels, k_channels = num_heads * width, num_state_heads * width
     gate_width = 1 if gate_logits is not None and gate_logits.shape[-1] == 1 else features
-    expected = {
+    check_shapes(q, {
         "k": (k, (batch, num_kv_heads, width)),
         "v": (v, (batch, num_kv_heads, width)),
         "gate_logits": (gate_logits, (batch, num_kv_heads, gate_width)),
@@ -430,17 +430,7 @@ def _check_shapes(
         "k_conv": (k_conv, (k_channels, taps)),
         "feature_weight": (feature_weight, (num_state_heads, width, features // 2)),
         "out": (out, (batch, num_heads, width)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} is {tuple(tensor.shape)}; with q {tuple(q.shape)} and state {tuple(state.shape)} it "
-                f"must be {shape}."
-            )
-        if tensor.device != q.device:
-            raise ValueError(f"{name} is on {tensor.device} and q on {q.device}; move them to one.")
+    })  # fmt: skip
 
 
 def _check_supported(
