@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from lawcat.bench.models import Pair, load_pair, random_pair
 from lawcat.convert.initialize import convert
 from lawcat.convert.save import save_student
 from lawcat.convert.teacher import load_teacher
+from lawcat.distill.training_step import TrainingStep
 from lawcat.ops.triton import support
 
 CPU = torch.device("cpu")
@@ -107,6 +111,26 @@ def test_saved_models(tmp_path: Path) -> None:
     records = generation.measure(pair, lengths=[24], seconds=0.005)
     assert {record.reason for record in records} == {None}
     assert pair.student.present_layer_types() == ["linear_attention", "full_attention"]
+
+
+def test_a_stage_is_gone_before_memory_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[TrainingStep]] = []
+
+    def make(*arguments: Any) -> TrainingStep:
+        step = TrainingStep(*arguments)
+        made.append(weakref.ref(step))
+        return step
+
+    def free() -> None:
+        gc.collect()
+        alive.append(sum(step() is not None for step in made))
+
+    alive: list[int] = []
+    monkeypatch.setattr(training, "TrainingStep", make)
+    monkeypatch.setattr(training, "free_memory", free)
+    training.measure(random_pair("tiny", dtype=torch.float32, device=CPU), tokens=8, batch=1, seconds=0.001)
+    assert alive == [0, 0]
+    assert len(made) == 2
 
 
 def test_training_stages() -> None:

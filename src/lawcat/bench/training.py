@@ -59,11 +59,11 @@ def measure(
         runs: dict[str, Callable[[], object]] = {}
         reason = "not run"
         try:
-            step = _step(make(), _random_batch(pair, batch, tokens, device, seed), device)
-            runs = {name: _with_backend(step, name) for name in names}
+            runs = _steps(make(), _random_batch(pair, batch, tokens, device, seed), device, names)
         except Exception as error:
             reason = failure_reason(error)
         timings = time_by_turns(runs, device, seconds=seconds)
+        runs.clear()  # and with them the graphs, whose memory the next stage may need
         free_memory()
         for name in names:
             records.append(
@@ -96,14 +96,17 @@ def _random_batch(pair: Pair, batch: int, tokens: int, device: torch.device, see
     return Batch(ids, weights, torch.zeros(batch, tokens, dtype=torch.bool), ("random",) * batch).to(device)
 
 
-def _step(stage: Stage, batch: Batch, device: torch.device) -> Callable[[], object]:
+def _steps(
+    stage: Stage, batch: Batch, device: torch.device, backends: tuple[str, ...]
+) -> dict[str, Callable[[], object]]:
+    """Return what does a step, by the name of the backend."""
     step = TrainingStep(stage, Workers(OneProcess(device)))
 
     def run() -> object:
         # So low a rate that the student stays where it is, however often the step is repeated.
         return step(batch, learning_rate_factor=1e-6).tensors()["loss"].item()  # as the training log does
 
-    return run
+    return {name: _with_backend(run, name) for name in backends}
 
 
 def _with_backend(step: Callable[[], object], name: str) -> Callable[[], object]:
