@@ -125,6 +125,8 @@ class StepGraphs:
 
     def release(self) -> None:
         """Forget all graphs and the memory that they hold."""
+        if self._captured and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # one may be at work in that memory
         self._captured.clear()
         self._inputs.clear()
         self._seen.clear()
