@@ -16,6 +16,7 @@ import random
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -28,7 +29,7 @@ from torch import nn
 from lawcat.distill.data_workers import batches_from_processes, num_data_workers
 from lawcat.distill.recipe import DataSource, Recipe
 from lawcat.distill.sequence import Batch, PackedSequence
-from lawcat.distill.sources import HubSource, Pair, Source, TaskSource, WindowSource, seed_of
+from lawcat.distill.sources import HubSource, Pairs, Source, TaskSource, WindowSource, seed_of
 from lawcat.distill.text import Progress, find_files, read_documents, tokenize_files
 from lawcat.distill.token_cache import fingerprint_of, tokenizer_fingerprint
 from lawcat.errors import ConfigurationError, DataError
@@ -36,8 +37,6 @@ from lawcat.files import sha256_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from lawcat.tasks.babi import BabiTask
 
 
 class Turns:
@@ -356,7 +355,7 @@ class _Builder:
 
     def _task(self, source: DataSource) -> Source:
         record: dict[str, Any] = {"provider": source.provider}
-        pair: Pair = _passkey_pair
+        pairs: Pairs = _passkey_pairs
         if source.provider != "passkey":
             prose = self.recipe.prose_sources(source)
             files = [(path, given.text_field) for given in prose for path in find_files(given.paths)]
@@ -364,16 +363,18 @@ class _Builder:
             text = "\n\n".join(documents)
             record["files"] = [{"name": path.name, "sha256": sha256_file(path)} for path, _ in files]
             if source.provider == "needle":
-                pair = partial(_needle_pair, text, source)
+                pairs = partial(_needle_pairs, text, source)
                 for choice in ("value_kinds", "haystacks", "num_keys"):
                     record[choice] = list(getattr(source, choice))
             else:
                 length = self.recipe.sequence_length
-                pair = partial(_babilong_pair, text if files else None, source.tasks, length)
+                pairs = partial(_babilong_pairs, text if files else None, source, length)
                 record["tasks"] = list(source.tasks)
+            # Left out where they are 1, as in records of before there were these options.
+            record |= {name: n for name in ("needles", "questions") if (n := getattr(source, name)) > 1}
         return TaskSource(
             self.name,
-            pair,
+            pairs,
             self.tokenizer,
             self.recipe.sequence_length,
             self.seed,
@@ -384,49 +385,55 @@ class _Builder:
         )
 
 
-def _passkey_pair(
+def _passkey_pairs(
     tokenizer: PreTrainedTokenizerBase, max_tokens: int, seed: int, rng: random.Random
-) -> tuple[str, str]:
+) -> list[tuple[str, str]]:
     from lawcat.tasks import passkey_training_pair
 
-    return passkey_training_pair(tokenizer, max_tokens, 0, seed)
+    return [passkey_training_pair(tokenizer, max_tokens, 0, seed)]
 
 
-def _needle_pair(
+def _needle_pairs(
     prose: str,
     source: DataSource,
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int,
     seed: int,
     rng: random.Random,
-) -> tuple[str, str]:
-    from lawcat.tasks import niah_training_pair
+) -> list[tuple[str, str]]:
+    from lawcat.tasks import niah_training_pairs
 
     kind = rng.choice(source.value_kinds)
     haystack, num_keys = rng.choice(source.haystacks), rng.choice(source.num_keys)
-    return niah_training_pair(
-        tokenizer, prose, max_tokens, 0, seed, kind=kind, haystack=haystack, num_keys=num_keys
-    )
+    make = partial(niah_training_pairs, tokenizer, prose, max_tokens, 0, seed, kind=kind, haystack=haystack)
+    # Half of the samples stay as they are evaluated, with a single needle.
+    if source.needles > 1 and rng.random() < 0.5:
+        for questions in range(source.needles, 1, -1):
+            # What a question takes depends on its key, so only the attempt tells whether there is room.
+            with suppress(DataError):
+                return make(num_keys=max(num_keys, questions), questions=questions)
+    return make(num_keys=num_keys)
 
 
-def _babilong_pair(
+def _babilong_pairs(
     prose: str | None,
-    tasks: tuple[BabiTask, ...],
+    source: DataSource,
     sequence_length: int,
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int,
     seed: int,
     rng: random.Random,
-) -> tuple[str, str]:
-    from lawcat.tasks import babilong_training_pair
+) -> list[tuple[str, str]]:
+    from lawcat.tasks import babilong_training_pairs
 
-    return babilong_training_pair(
+    return babilong_training_pairs(
         tokenizer,
         max_tokens,
         0,
         seed,
-        qa=rng.choice(tasks),
+        qa=rng.choice(source.tasks),
         text=prose,
         # A sequence of several segments is for the distance alone.
         fill=max_tokens >= sequence_length,
+        questions=source.questions,
     )

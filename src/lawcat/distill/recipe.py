@@ -419,8 +419,12 @@ class DataSource(_Settings):
         haystacks: Provider needle: what it is hidden in, likewise: `"prose"`, `"noise"` (lines of the noise
             sentence, as `niah_single_1`) or `"needle"` (among other needles, as `niah_multikey_2`).
         num_keys: Provider needle: how many needles are hidden, one of which is asked for, likewise.
+        needles: Provider needle: in half of the samples so many needles with different keys are hidden, and
+            each is asked for, one after another, as far as there is room; 1 for one question a sample.
         tasks: Provider babilong: which of `"qa1"` to `"qa5"`, drawn with equal chance from this list; repeat
             one to have it more often. A prompt without facts takes some 200 to 300 tokens.
+        questions: Provider babilong: most questions about the facts of one sample, each with its answer; 1
+            for one alone, as in the evaluation.
         min_sample_tokens: Providers passkey, needle and babilong: least length of a sample. Lengths vary
             between this and the sequence length.
         num_tokens: Provider teacher: tokens to sample. When training needs more, they come round again in
@@ -446,7 +450,9 @@ class DataSource(_Settings):
     value_kinds: tuple[Literal["numbers", "words", "uuids"], ...] = ("numbers", "numbers", "words", "uuids")
     haystacks: tuple[Literal["prose", "noise", "needle"], ...] = ("prose",)
     num_keys: tuple[int, ...] = (1,)
+    needles: int = 1
     tasks: tuple[Literal["qa1", "qa2", "qa3", "qa4", "qa5"], ...] = ("qa1", "qa2", "qa3")
+    questions: int = 1
     min_sample_tokens: int = 96
     num_tokens: int = 32768
     temperature: float = 1.0
@@ -456,8 +462,16 @@ class DataSource(_Settings):
         "text": ("path", "text_field"),
         "hub": ("dataset", "subset", "split", "revision", "text_field"),
         "passkey": ("min_sample_tokens",),
-        "needle": ("path", "text_field", "value_kinds", "haystacks", "num_keys", "min_sample_tokens"),
-        "babilong": ("path", "text_field", "tasks", "min_sample_tokens"),
+        "needle": (
+            "path",
+            "text_field",
+            "value_kinds",
+            "haystacks",
+            "num_keys",
+            "needles",
+            "min_sample_tokens",
+        ),
+        "babilong": ("path", "text_field", "tasks", "questions", "min_sample_tokens"),
         "teacher": ("num_tokens", "temperature", "top_p"),
     }
 
@@ -480,7 +494,16 @@ class DataSource(_Settings):
         return {name: f"is for provider {' or '.join(users[name])}, not {self.provider}" for name in others}
 
     def _check(self) -> None:
-        _positive(self, "weight", "min_sample_tokens", "num_tokens", "temperature", "top_p")
+        _positive(
+            self,
+            "weight",
+            "needles",
+            "questions",
+            "min_sample_tokens",
+            "num_tokens",
+            "temperature",
+            "top_p",
+        )
         _not_negative(self, "carried_weight")
         if self.top_p > 1:
             raise _fail("top_p", self.top_p, "it must be at most 1.")

@@ -25,8 +25,11 @@ from lawcat.errors import DataError, MissingDependencyError, did_you_mean
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Pair = Callable[["PreTrainedTokenizerBase", int, int, random.Random], tuple[str, str]]
-"""Makes a prompt and its answer from a tokenizer, the most tokens, a seed, and a generator to choose by."""
+Pairs = Callable[["PreTrainedTokenizerBase", int, int, random.Random], Sequence[tuple[str, str]]]
+"""Makes a sample from a tokenizer, the most tokens, a seed, and a generator to choose by.
+
+A sample is a prompt and its answer, and perhaps further ones, each about the text of the first.
+"""
 
 
 class Source(Protocol):
@@ -155,12 +158,12 @@ class TaskSource:
 
     Args:
         name: As the recipe has it.
-        pair: Makes a sample, of values that no evaluation draws (`lawcat.tasks.held_out`).
+        pairs: Makes a sample, of values that no evaluation draws (`lawcat.tasks.held_out`).
         tokenizer: The teacher's.
         sequence_length: T.
         seed: Seed of lengths and samples.
         min_sample_tokens: Least length of a sample, EOS included.
-        answer_weight: Weight of an answer's tokens and of the EOS after it.
+        answer_weight: Weight of an answer's tokens and of the EOS after the last.
         context_weight: Weight of a sample's other tokens.
         record: What `describe` returns, without the hash.
 
@@ -171,7 +174,7 @@ class TaskSource:
     def __init__(
         self,
         name: str,
-        pair: Pair,
+        pairs: Pairs,
         tokenizer: PreTrainedTokenizerBase,
         sequence_length: int,
         seed: int,
@@ -182,7 +185,7 @@ class TaskSource:
         record: dict[str, Any],
     ) -> None:
         self.name = name
-        self._pair = pair
+        self._pairs = pairs
         self._tokenizer = tokenizer
         self._eos = require_eos(tokenizer)
         self._length = sequence_length
@@ -212,35 +215,41 @@ class TaskSource:
             room = self._length - used
             if room < self._least:
                 break
-            tokens, answer_start = self._sample(index, number, rng, room, required=used == 0)
+            tokens, answers = self._sample(index, number, rng, room, required=used == 0)
             if not tokens:
                 break
-            end, answer = used + len(tokens), used + answer_start
+            end = used + len(tokens)
             ids[used:end] = tokens
             weight[used:end] = self._context_weight
-            weight[answer:end] = self._answer_weight
-            is_answer[answer:end] = True
+            for first, last in answers:
+                weight[used + first : used + last] = self._answer_weight
+                is_answer[used + first : used + last] = True
             used = end
         weight[0] = 0.0
         return PackedSequence(ids, weight, is_answer, self.name)
 
     def long_sequence(self, index: int, num_segments: int) -> PackedSequence:
-        """Return a single sample as long as all segments, its answer at the very end; only that counts."""
+        """Return a single sample as long as all segments, its answers at the very end; only they count.
+
+        Of several answers, those that begin before the last segment do not count either.
+        """
         length = num_segments * self._length
         rng = random.Random(seed_of(self._seed, "long", index, num_segments))
-        tokens, answer_start = self._encode(length - 1, seed_of(self._seed, "long", index), rng)
+        tokens, answers = self._encode(length - 1, seed_of(self._seed, "long", index), rng)
         front = length - len(tokens)  # a sample fits to within a sentence; the rest is EOS, in front
         ids = np.full(length, self._eos, np.int64)
         ids[front:] = tokens
         is_answer = np.zeros(length, np.bool_)
-        is_answer[front + answer_start :] = True
+        for first, last in answers:
+            if last == len(tokens) or front + first >= length - self._length:
+                is_answer[front + first : front + last] = True
         weight = np.where(is_answer, np.float32(self._answer_weight), np.float32(0.0))
         return PackedSequence(ids, weight, is_answer, self.name)
 
     def _sample(
         self, index: int, number: int, rng: random.Random, room: int, *, required: bool
-    ) -> tuple[list[int], int]:
-        """Return a sample's tokens with EOS and where its answer begins; none if the room is too small."""
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return a sample's tokens with EOS and where its answers are; none if the room is too small."""
         lengths = [room]
         if rng.random() < 0.5 and room >= 2 * self._least:
             lengths.insert(0, rng.randint(self._least, room - self._least))
@@ -252,18 +261,20 @@ class TaskSource:
                 # may do.
                 if length == room and required:
                     raise
-        return [], 0
+        return [], []
 
-    def _encode(self, max_tokens: int, sample_seed: int, rng: random.Random) -> tuple[list[int], int]:
-        from lawcat.tasks import encode_pair
+    def _encode(
+        self, max_tokens: int, sample_seed: int, rng: random.Random
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        from lawcat.tasks import encode_pairs
 
-        prompt, answer = self._pair(self._tokenizer, max_tokens, sample_seed, rng)
-        tokens, answer_start = encode_pair(self._tokenizer, prompt, answer)
+        pairs = self._pairs(self._tokenizer, max_tokens, sample_seed, rng)
+        tokens, answers = encode_pairs(self._tokenizer, pairs)
         if tokens[-1] != self._eos:
             tokens = [*tokens, self._eos]
         if len(tokens) > max_tokens + 1:
             raise DataError(f"A sample took {len(tokens)} tokens where {max_tokens + 1} were asked for.")
-        return tokens, answer_start
+        return tokens, [*answers[:-1], (answers[-1][0], len(tokens))]
 
     def describe(self) -> dict[str, Any]:
         """Return the record given, with the hash of everything the samples hang on."""

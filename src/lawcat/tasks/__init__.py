@@ -11,6 +11,7 @@ from lawcat.tasks.babilong import (
     BABILONG_QA4,
     BABILONG_QA5,
     babilong_training_pair,
+    babilong_training_pairs,
 )
 from lawcat.tasks.haystack import (
     TextSource,
@@ -31,10 +32,11 @@ from lawcat.tasks.niah import (
     NIAH_SINGLE_2,
     NIAH_SINGLE_3,
     niah_training_pair,
+    niah_training_pairs,
 )
 from lawcat.tasks.passkey import PASSKEY, passkey_text, passkey_training_pair
 from lawcat.tasks.recall import ASSOCIATIVE_RECALL, COPY
-from lawcat.tasks.sample import TASKS, Sample, Split, Task, encode_pair, get_task, held_out
+from lawcat.tasks.sample import TASKS, Sample, Split, Task, encode_pair, encode_pairs, get_task, held_out
 from lawcat.tasks.variable_tracking import VARIABLE_TRACKING
 
 __all__ = [
@@ -62,13 +64,16 @@ __all__ = [
     "Task",
     "TextSource",
     "babilong_training_pair",
+    "babilong_training_pairs",
     "builtin_source",
     "encode_pair",
+    "encode_pairs",
     "file_source",
     "get_task",
     "held_out",
     "hub_source",
     "niah_training_pair",
+    "niah_training_pairs",
     "noise_source",
     "passkey_text",
     "passkey_training_pair",

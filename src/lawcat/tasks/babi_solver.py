@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import permutations, product
 
 from lawcat.errors import DataError
-from lawcat.tasks.babi import OPPOSITES, Fact, parse_fact
+from lawcat.tasks.babi import (
+    ACTORS,
+    BABI_TASKS,
+    GIVING_ACTORS,
+    OBJECTS,
+    OPPOSITES,
+    PLACES,
+    BabiTask,
+    Fact,
+    parse_fact,
+)
+from lawcat.tasks.sample import choose
 
 
 @dataclass(frozen=True)
@@ -40,14 +52,64 @@ def solve(facts: Sequence[str], question: str) -> Solution:
         >>> solve(["Mary got the milk.", "Mary went to the office."], "Where is the milk?")
         Solution(answer='office', supports=(0, 1))
     """
+    solution = _solve([parse_fact(fact) for fact in facts], question)
+    if solution is None:
+        raise DataError(f"The {len(facts)} facts do not tell the answer to {question!r}.")
+    return solution
+
+
+def solve_all(task: BabiTask, facts: Sequence[str]) -> dict[str, Solution]:
+    """Return every question of a task that the facts answer, with its answer.
+
+    These are more than a story of the task asks: it never asks for what is carried before its bearer moved,
+    nor in qa3 for what came before an object was last taken.
+
+    Args:
+        task: `"qa1"` to `"qa5"`.
+        facts: Sentences.
+
+    Returns:
+        Questions in a fixed order, each with what `solve` says.
+
+    Raises:
+        ConfigurationError: for another task.
+        DataError: if a sentence has another form.
+
+    Example:
+        >>> solve_all("qa2", ["Mary got the milk.", "Mary went to the office."])
+        {'Where is the milk?': Solution(answer='office', supports=(0, 1))}
+    """
+    choose(task, BABI_TASKS, "task")
     parsed = [parse_fact(fact) for fact in facts]
+    solved = ((question, _solve(parsed, question)) for question in _possible_questions(task))
+    return {question: solution for question, solution in solved if solution is not None}
+
+
+def _possible_questions(task: BabiTask) -> Iterator[str]:
+    if task == "qa1":
+        yield from (f"Where is {actor}?" for actor in ACTORS)
+    elif task == "qa2":
+        yield from (f"Where is the {thing}?" for thing in OBJECTS)
+    elif task == "qa3":
+        yield from (f"Where was the {thing} before the {place}?" for thing, place in product(OBJECTS, PLACES))
+    elif task == "qa4":
+        for direction, place in product(OPPOSITES, PLACES):
+            yield f"What is {direction} of the {place}?"
+            yield f"What is the {place} {direction} of?"
+    else:
+        for thing in OBJECTS:
+            yield from (f"Who gave the {thing}?", f"Who received the {thing}?")
+        for giver, receiver in permutations(GIVING_ACTORS, 2):
+            yield f"What did {giver} give to {receiver}?"
+        for thing, actor in product(OBJECTS, GIVING_ACTORS):
+            yield from (f"Who gave the {thing} to {actor}?", f"Who did {actor} give the {thing} to?")
+
+
+def _solve(parsed: list[Fact], question: str) -> Solution | None:
     for pattern, answer in _QUESTIONS:
         match = re.fullmatch(pattern, question.strip())
         if match:
-            solution = answer(parsed, *match.groups())
-            if solution is None:
-                raise DataError(f"The {len(facts)} facts do not tell the answer to {question!r}.")
-            return solution
+            return answer(parsed, *match.groups())
     raise DataError(
         f"The question {question!r} is none of bAbI's tasks qa1 to qa5, such as 'Where is the apple?'"
     )

@@ -20,6 +20,7 @@ from lawcat.errors import ConfigurationError, DataError
 from lawcat.tasks.babi import BABI_TASKS, GIVING_ACTORS, OBJECTS, PLACES, BabiTask, Story
 from lawcat.tasks.babi_reader import babi_source, parse_stories
 from lawcat.tasks.babi_simulator import simulate_story
+from lawcat.tasks.babi_solver import solve_all
 from lawcat.tasks.haystack import NOISE_SENTENCE, TextSource, resolve_source
 from lawcat.tasks.sample import (
     Sample,
@@ -246,8 +247,48 @@ def babilong_training_pair(
         ConfigurationError: for another task.
         DataError: if `max_tokens` cannot hold a story of the task, or the text has no sentence of ten tokens.
     """
+    return babilong_training_pairs(tokenizer, max_tokens, index, seed, qa=qa, text=text, fill=fill)[0]
+
+
+def babilong_training_pairs(
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    index: int,
+    seed: int,
+    *,
+    qa: BabiTask,
+    text: str | None = None,
+    fill: bool = False,
+    questions: int = 1,
+) -> list[tuple[str, str]]:
+    """Return `babilong_training_pair`, and further questions about the same facts with their answers.
+
+    A story of a thousand tokens is a lot to read for the one word that an answer tells. The further questions
+    are in random order, of all that the facts answer at their end; none of them makes, with these facts, a
+    question of evaluation. A short sample holds fewer.
+
+    Args:
+        tokenizer: Measures the text.
+        max_tokens: Most tokens of all prompts and answers, special tokens included.
+        index: As for `babilong_training_pair`, and so are the next ones.
+        seed: See above.
+        qa: See above.
+        text: See above.
+        fill: See above.
+        questions: Most questions; at least 1.
+
+    Returns:
+        Prompts and answers that follow one another: tokenize them as one text (`encode_pairs`). The first
+        prompt is BABILong's, a further one `"\\n\\nQuestion: ..."`.
+
+    Raises:
+        ConfigurationError: for another task, or no question.
+        DataError: as `babilong_training_pair`.
+    """
     check_length(max_tokens)
     choose(qa, BABI_TASKS, "qa")
+    if isinstance(questions, bool) or not isinstance(questions, int) or questions < 1:
+        raise ConfigurationError(f"questions is {questions!r}; it must be a whole number, at least 1.")
     rng = sample_rng(f"babilong_{qa}", max_tokens, index, seed, "train")
     most_lines = (max_tokens - _shortest_prompt(tokenizer, qa)) // 5
     for _ in range(20):
@@ -256,7 +297,14 @@ def babilong_training_pair(
         asked = _simulate(qa, rng, "train", most_lines, max_stories=200)
         answer = _training_answer(qa, asked)
         plain = babilong_prompt(qa, " ".join(asked.facts), asked.text)
-        spare = max_tokens - count_tokens(tokenizer, plain + answer)
+        further = [
+            (_further_prompt(one.text), _training_answer(qa, one))
+            for one in _more_questions(qa, asked, rng, questions - 1)
+        ]
+        spare = max_tokens - _count_pairs(tokenizer, [(plain, answer), *further])
+        while spare < 0 and further:
+            further.pop()
+            spare = max_tokens - _count_pairs(tokenizer, [(plain, answer), *further])
         if spare < 0:
             most_lines = len(asked.facts)
             continue
@@ -265,16 +313,41 @@ def babilong_training_pair(
         noise = NOISE_SENTENCE if text is None else text
         while noise_tokens > 0:
             context = _scatter(tokenizer, asked.facts, noise, noise_tokens, rng)
-            prompt = babilong_prompt(qa, context.text, asked.text)
-            excess = count_tokens(tokenizer, prompt + answer) - max_tokens
+            pairs = [(babilong_prompt(qa, context.text, asked.text), answer), *further]
+            excess = _count_pairs(tokenizer, pairs) - max_tokens
             if excess <= 0:
-                return prompt, answer
+                return pairs
             noise_tokens -= excess
-        return plain, answer
+        return [(plain, answer), *further]
     raise DataError(
         f"{max_tokens} tokens cannot hold BABILong's prompt of {qa} and a story: the prompt alone takes "
         f"{_shortest_prompt(tokenizer, qa)}. Give at least {_shortest_prompt(tokenizer, qa) + 60} tokens."
     )
+
+
+def _more_questions(qa: BabiTask, asked: _Question, rng: random.Random, most: int) -> list[_Question]:
+    if not most:
+        return []
+    found = [
+        _Question(asked.facts, text, solution.answer, solution.supports)
+        for text, solution in solve_all(qa, asked.facts).items()
+        if text != asked.text and not _is_held_out(asked.facts, text)
+    ]
+    return rng.sample(found, min(most, len(found)))
+
+
+def _is_held_out(facts: Sequence[str], question: str) -> bool:
+    # By content and not by seed alone: short stories come up again and again.
+    return held_out("\n".join([*facts, question]))
+
+
+def _further_prompt(question: str) -> str:
+    after_context = str(_prompts()["template"]).rpartition("</context>")[2]
+    return after_context.format(question=question)
+
+
+def _count_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> int:
+    return count_tokens(tokenizer, "".join(prompt + answer for prompt, answer in pairs))
 
 
 def _training_answer(qa: BabiTask, asked: _Question) -> str:
@@ -313,8 +386,7 @@ def _simulate(
         asked = rng.choice(_questions(story))
         if most_lines is not None and asked.num_lines > most_lines:
             continue
-        # By content and not by seed alone: short stories come up again and again.
-        if held_out("\n".join([*asked.facts, asked.text])) == (split == "evaluation"):
+        if _is_held_out(asked.facts, asked.text) == (split == "evaluation"):
             return asked
     raise DataError(
         f"Among {max_stories} stories of {qa} none is as short as the {most_lines} lines that this length "

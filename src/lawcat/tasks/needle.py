@@ -162,6 +162,11 @@ class NeedleQuestion(Question):
         said = values[0] if len(values) == 1 else ", ".join(values[:-1]) + ", and " + values[-1]
         return f" {said}."
 
+    @property
+    def further_prompt(self) -> str:
+        """The prompt without instruction and text, after another question about the same text."""
+        return "\n" + self._worded(TEMPLATE.rpartition("\n")[2]) + self.answer_prefix
+
     def prompt(self, units: int) -> str:
         """Return RULER's `input` and `answer_prefix`."""
         return self._input(units) + self.answer_prefix

@@ -9,7 +9,7 @@ import random
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lawcat.errors import DataError
+from lawcat.errors import ConfigurationError, DataError
 from lawcat.tasks.context import (
     Context,
     Places,
@@ -152,8 +152,60 @@ def niah_training_pair(
         DataError: if `max_tokens` cannot hold the question, the text holds no words, or the tokenizer cannot
             hold the values.
     """
+    form = {"num_keys": num_keys, "num_values": num_values, "num_queries": num_queries}
+    pairs = niah_training_pairs(
+        tokenizer, text, max_tokens, index, seed, kind=kind, haystack=haystack, key_kind=key_kind, **form
+    )
+    return pairs[0]
+
+
+def niah_training_pairs(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    max_tokens: int,
+    index: int,
+    seed: int,
+    *,
+    kind: ValueKind = "numbers",
+    haystack: TrainingHaystack = "prose",
+    key_kind: ValueKind = "words",
+    num_keys: int = 1,
+    num_values: int = 1,
+    num_queries: int = 1,
+    questions: int = 1,
+) -> list[tuple[str, str]]:
+    """Return `niah_training_pair`, and further questions for other keys of the same text, with their answers.
+
+    Args:
+        tokenizer: Measures the text.
+        text: As for `niah_training_pair`, and so are the next ones.
+        max_tokens: Most tokens of all prompts and answers, special tokens included.
+        index: See above.
+        seed: See above.
+        kind: See above.
+        haystack: See above.
+        key_kind: See above.
+        num_keys: See above.
+        num_values: See above.
+        num_queries: Keys asked for by the first question.
+        questions: How many; after the first, each asks for one key more.
+
+    Returns:
+        Prompts and answers that follow one another: tokenize them as one text (`encode_pairs`). A further
+        prompt is the last line of the first, with another key.
+
+    Raises:
+        ConfigurationError: as `niah_training_pair`, or for more questions than there are keys.
+        DataError: as `niah_training_pair`.
+    """
     check_length(max_tokens)
     form = NeedleForm(kind, key_kind, num_keys, num_values, num_queries)
+    most = num_keys - num_queries + 1
+    if isinstance(questions, bool) or not isinstance(questions, int) or not 1 <= questions <= most:
+        raise ConfigurationError(
+            f"questions is {questions!r}; it must be a whole number from 1 to {most}, since {num_keys} keys "
+            f"are hidden and the first question asks for {num_queries}."
+        )
     choose(haystack, ("prose", "noise", "needle"), "haystack")
     require_round_trip(tokenizer, (key_kind, kind))
     rng = sample_rng(f"niah-{kind}", max_tokens, index, seed, "train")
@@ -166,19 +218,26 @@ def niah_training_pair(
         places = draw_places(rng, False, form.num_needles)
         taken = {said for group in needles for one in group for said in (one.key, one.value)}
         context = noise_context() if haystack == "noise" else needle_context(rng, form, "train", taken)
-    question = NeedleQuestion(needles, _draw_asked(rng, form), context, places)
+    asked = _draw_asked(rng, form)
+    question = NeedleQuestion(needles, asked, context, places)
+    further: list[tuple[str, str]] = []
+    if questions > 1:
+        left = [key for key in range(num_keys) if key not in asked]
+        others = [NeedleQuestion(needles, [key], context, places) for key in rng.sample(left, questions - 1)]
+        further = [(other.further_prompt, other.answer) for other in others]
+    tail = question.answer + "".join(prompt + answer for prompt, answer in further)
 
     def count(units: int) -> int:
         if most_units is not None and units > most_units:
             return max_tokens + 1  # beyond the window there is nothing to add: as if it did not fit
-        return count_tokens(tokenizer, question.prompt(units) + question.answer)
+        return count_tokens(tokenizer, question.prompt(units) + tail)
 
     tokens_a_unit = 1.35 if context.is_prose else 24.0
     estimate = round(max_tokens / tokens_a_unit)
     units = fit_units(count, max_tokens, estimate if most_units is None else min(estimate, most_units))
     if units < 0:
         raise too_short(max_tokens, count(0))
-    return question.prompt(units), question.answer
+    return [(question.prompt(units), question.answer), *further]
 
 
 def _is_prose(source: TextSource) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 
@@ -111,8 +111,8 @@ class Task(ABC):
     A subclass makes samples in `make`, and sets `name`, `metrics` (headline first), `default_options` and,
     whenever its prompts change, a new `version`, so that answers kept from before are not taken for answers
     to the new prompts. `uses_prose` says that the user's own text, where one is given, should surround the
-    answer (option `haystack`). `has_zero_length` says that a nominal length of 0 means something: the question
-    without text around it.
+    answer (option `haystack`). `has_zero_length` says that a nominal length of 0 means something: the
+    question without text around it.
     """
 
     name: str
@@ -378,14 +378,66 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) ->
     Raises:
         DataError: if nothing of the answer is left of its own.
     """
-    whole = [int(token) for token in tokenizer(prompt + answer, verbose=False).input_ids]
-    alone = [int(token) for token in tokenizer(prompt, verbose=False).input_ids]
-    start = 0
-    while start < min(len(whole), len(alone)) and whole[start] == alone[start]:
-        start += 1
+    whole = _encode(tokenizer, prompt + answer)
+    start = _common_prefix(whole, _encode(tokenizer, prompt))
     if start >= len(whole):
         raise DataError(f"The tokenizer gives no tokens for the answer {answer!r}; it cannot be trained on.")
     return whole, start
+
+
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return the tokens of prompts and answers that follow one another, and where the answers are.
+
+    As `encode_pair`, for several: all are tokenized as one text. A token that spans the beginning of an
+    answer belongs to it, one that spans its end does not, unless it is the last.
+
+    Args:
+        tokenizer: Any tokenizer of transformers.
+        pairs: Prompt and answer of each, at least one. Only the first prompt may be long.
+
+    Returns:
+        Token ids with the special tokens the tokenizer puts in front, and for each answer the index of its
+        first token and that after its last.
+
+    Raises:
+        DataError: if nothing of an answer is left of its own.
+    """
+    prompt, rest = pairs[0][0], pairs[0][1] + "".join(prompt + answer for prompt, answer in pairs[1:])
+    whole, first = encode_pair(tokenizer, prompt, rest)
+    if len(pairs) == 1:
+        return whole, [(first, len(whole))]
+    # The borders in `rest` are looked for behind the prompt's last line alone, where it leaves the tokens as
+    # they are: a long context would be tokenized once for every border.
+    front = prompt[prompt.rfind("\n") + 1 :]
+    near, near_first = encode_pair(tokenizer, front, rest)
+    if near[near_first:] != whole[first:]:
+        front, near, near_first = prompt, whole, first
+    borders = [first]
+    said = front
+    for text in [piece for pair in pairs for piece in pair][1:-1]:
+        said += text
+        borders.append(_common_prefix(near, _encode(tokenizer, said)) + first - near_first)
+    borders.append(len(whole))
+    spans = list(zip(borders[::2], borders[1::2], strict=True))
+    for (_, answer), (start, end) in zip(pairs, spans, strict=True):
+        if start >= end:
+            raise DataError(
+                f"The tokenizer gives no tokens for the answer {answer!r}; it cannot be trained on."
+            )
+    return whole, spans
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return [int(token) for token in tokenizer(text, verbose=False).input_ids]
+
+
+def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    count = 0
+    while count < min(len(one), len(other)) and one[count] == other[count]:
+        count += 1
+    return count
 
 
 def choose(value: T, allowed: tuple[T, ...], option: str) -> T:
