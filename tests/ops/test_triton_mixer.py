@@ -106,6 +106,7 @@ def test_borders(tokens: int) -> None:
         {"width": 6, "feature_dim": 2, "gate_is_logit": False},
         {"batch": 2, "padding": 5},
         {"batch": 2, "padding": 19, "has_state": False, "taps": None},
+        {"taps": 1, "has_state": False},
     ],
     ids=str,
 )
@@ -189,6 +190,15 @@ def test_decays(fields: dict[str, Any]) -> None:
 )
 def test_packed_sequences(boundaries: tuple[int, ...], fields: dict[str, Any]) -> None:
     check(MixerCase(20, boundaries=boundaries, **fields))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_inputs_of_the_convolutions_are_not_kept_unasked(backend: str) -> None:
+    case = MixerCase(5)
+    tensors = case.tensors(torch.float32, DEVICE)
+    output, _, *inputs = linear_attention_mixer(**tensors, keep_inputs=False, backend=backend)
+    assert inputs == [None, None]
+    assert_near(output.cpu(), answer(case)["output"], TOLERANCE[torch.float32], "output")
 
 
 @pytest.mark.usefixtures("short_segments")

@@ -176,6 +176,7 @@ class LawcatAttention(nn.Module):
                 initial_state=None if state is None else state.recurrent,
                 q_inputs=None if state is None else state.q_inputs,
                 k_inputs=None if state is None else state.k_inputs,
+                keep_inputs=state is not None,
             )
             if state is not None:
                 state.store(after, q_inputs, k_inputs, num_tokens=x.shape[1])

@@ -41,6 +41,7 @@ def linear_attention_mixer(
     boundaries: tuple[int, ...] | None = None,
     normalize: bool = True,
     eps: float = 1e-6,
+    keep_inputs: bool = True,
     backend: str = "auto",
 ) -> MixerResult:
     """Return the output of the mixer, its final state, and the inputs that the convolutions need next.
@@ -67,11 +68,12 @@ def linear_attention_mixer(
         boundaries: Of a packed batch (B = 1): where its sequences start, and the end, (0, ..., T).
         normalize: Divide by the decayed sum of weights.
         eps: Added to that sum, above 0.
+        keep_inputs: Return the convolutions' last inputs; else None, which saves copying them.
         backend: See ``gated_linear_attention``; ``"triton"`` runs the fused kernels.
 
     Returns:
         The output [B, T, H, D] in v's dtype, the state [S, N, F, D + 1], and the last K - 1 inputs of the two
-        convolutions (None without them).
+        convolutions (None without them, or without ``keep_inputs``).
 
     Raises:
         BackendError: a ``ValueError``, when the backend does not exist.
@@ -100,14 +102,14 @@ def linear_attention_mixer(
         if kernels_or_torch(backend, q.device.type, unsupported):
             return _run_kernels(
                 q, k, v, gate, map_weight, q_taps, k_taps, gate_is_logit, gate_divisor, min_log_decay,
-                initial_state, q_inputs, k_inputs, mask, boundaries, normalize, eps,
+                initial_state, q_inputs, k_inputs, mask, boundaries, normalize, eps, keep_inputs,
             )  # fmt: skip
         name = "torch"
     if boundaries is not None:
         return _packed_by_sequence(
             q, k, v, gate, map_weight, boundaries, mask, initial_state, q_inputs, k_inputs,
             q_taps=q_taps, k_taps=k_taps, gate_is_logit=gate_is_logit, gate_divisor=gate_divisor,
-            min_log_decay=min_log_decay, normalize=normalize, eps=eps, backend=name,
+            min_log_decay=min_log_decay, normalize=normalize, eps=eps, keep_inputs=keep_inputs, backend=name,
         )  # fmt: skip
     with without_autocast(q):
         log_decay = gate
@@ -123,7 +125,7 @@ def linear_attention_mixer(
             assert k_taps is not None
             q, q_inputs = causal_conv1d_of_heads(q, q_taps, q_inputs)
             k, k_inputs = causal_conv1d_of_heads(k, k_taps, k_inputs)
-        else:
+        if q_taps is None or not keep_inputs:
             q_inputs = k_inputs = None
         q, k = hedgehog_feature_map(q, map_weight), hedgehog_feature_map(k, map_weight)
         if keep is not None:
@@ -211,6 +213,7 @@ def _run_kernels(
     boundaries: tuple[int, ...] | None,
     normalize: bool,
     eps: float,
+    keep_inputs: bool,
 ) -> MixerResult:
     from .triton.function import run
     from .triton.mixer import MixerInputs, MixerOptions
@@ -229,7 +232,9 @@ def _run_kernels(
         normalize=normalize, eps=float(eps),
     )  # fmt: skip
     output, state = run(inputs, options)
-    if q_taps is not None:
+    if not keep_inputs:
+        q_inputs = k_inputs = None
+    elif q_taps is not None:
         kept = q_taps.shape[1] - 1
         q_inputs = _last_inputs(q, q.shape[2], kept, q_inputs, mask, boundaries)
         k_inputs = _last_inputs(k, state_heads, kept, k_inputs, mask, boundaries)

@@ -459,7 +459,9 @@ def backward(plan: Plan, saved: Forward, grad_output: Tensor, grad_final: Tensor
         grad_k, k_map, k_taps = _map_gradient(
             plan, layout.key_map_gradients, k, grad_k, inputs.k_taps, inputs.k_before
         )
-        map_weight = q_map.view(n, -1, *q_map.shape[1:]).sum(1) + k_map
+        if heads != n:
+            q_map = q_map.view(n, -1, *q_map.shape[1:]).sum(1)
+        map_weight = q_map + k_map
         map_weight = (map_weight[..., : width // 2] - map_weight[..., width // 2 :]).to(weight.dtype)
     return Gradients(
         grad_q, _sum_heads(grad_k, k), _sum_heads(grad_v, v), grad_gate, q_taps, k_taps, map_weight,
@@ -472,7 +474,7 @@ def _sum_heads(gradient: Tensor, like: Tensor) -> Tensor:
     if gradient.shape[2] == like.shape[2]:
         return gradient.to(like.dtype)
     grouped = gradient.view(*gradient.shape[:2], like.shape[2], -1, gradient.shape[3])
-    return grouped.sum(3, dtype=torch.float32).to(like.dtype)
+    return grouped.sum(3).to(like.dtype)  # added up in float32, whatever their dtype
 
 
 def _map_gradient(
