@@ -30,6 +30,7 @@ class Launch:
         warps: See ``Tuning``.
         stages: See ``Tuning``.
         registers: See ``Tuning``.
+        overlaps: The kernel waits by itself for the one before it and may be launched while that still runs.
         constants: The kernel's ``constexpr`` arguments by name.
     """
 
@@ -41,12 +42,17 @@ class Launch:
         warps: int,
         stages: int = 1,
         registers: int | None = None,
+        overlaps: bool = False,
         **constants: Any,
     ) -> None:
+        if overlaps:
+            constants["OVERLAP"] = True
         self._kernel = kernel
         self._each = each
         self._constants = constants
         self._options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
+        if overlaps:
+            self._options["launch_pdl"] = True
         self._compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
 
     def __call__(self, units: int, tensors: tuple[Tensor | None, ...], numbers: tuple[float, ...]) -> None:
