@@ -261,6 +261,28 @@ def test_inputs_laid_out_in_any_way() -> None:
     assert torch.equal(kernels(**tensors)[0], expected)
 
 
+def test_inputs_at_any_address() -> None:
+    """Also after a call with aligned ones has compiled the kernels for these."""
+    tensors = {name: t.detach().float().to(DEVICE) for name, t in MixerCase(9).tensors().items()}
+    expected = kernels(**tensors)
+    shifted = {name: torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t) for name, t in tensors.items()}
+    assert all(t.is_contiguous() and t.data_ptr() % 16 for t in shifted.values())
+    for _ in range(2):
+        for actual, wanted in zip(kernels(**shifted), expected, strict=True):
+            assert_near(actual, wanted, 1e-6)
+
+
+def test_buffers_of_a_call_are_aligned_and_apart() -> None:
+    sizes = (3, 0, 129, 128)
+    pieces = mixer.workspace(sizes, torch.bfloat16, torch.device(DEVICE))
+    assert all(piece.numel() >= size for piece, size in zip(pieces, sizes, strict=True))
+    starts = [piece.data_ptr() for piece in pieces if piece.numel()]
+    assert [(start - starts[0]) % 256 for start in starts] == [0, 0, 0]
+    for index, piece in enumerate(pieces):
+        piece.fill_(index)
+    assert [set(piece.tolist()) for piece in pieces] == [{0.0}, set(), {2.0}, {3.0}]
+
+
 def test_nothing_to_do() -> None:
     tensors = {name: t.detach().float().to(DEVICE) for name, t in MixerCase(4).tensors().items()}
     for name in ("q", "k", "v", "gate"):

@@ -224,8 +224,8 @@ def _layout(
 def workspace(sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> Sequence[Tensor]:
     """Return flat tensors of these many numbers, allocated in one piece, each at a multiple of 256 bytes."""
     padded = [-(-size // 128) * 128 for size in sizes]
-    pieces: Sequence[Tensor] = allocate((sum(padded),), dtype=dtype, device=device).split(padded)
-    return pieces
+    whole: Tensor = allocate((sum(padded),), dtype=dtype, device=device)
+    return whole.split_with_sizes(padded)
 
 
 def _write_decay_sums(plan: Plan, sums: Tensor) -> None:
