@@ -521,6 +521,8 @@ class DataSource(_Settings):
             raise _fail("haystacks", [], "name at least one: prose, noise or needle.")
         if not self.num_keys or min(self.num_keys) < 1:
             raise _fail("num_keys", list(self.num_keys), "give at least one number, none below 1.")
+        if self.needles > 40:
+            raise _fail("needles", self.needles, "it must be at most 40; prose has places for no more.")
         if not self.tasks:
             raise _fail("tasks", [], "name at least one, such as qa2.")
 

@@ -264,8 +264,9 @@ def babilong_training_pairs(
     """Return `babilong_training_pair`, and further questions about the same facts with their answers.
 
     A story of a thousand tokens is a lot to read for the one word that an answer tells. The further questions
-    are in random order, of all that the facts answer at their end; none of them makes, with these facts, a
-    question of evaluation. A short sample holds fewer.
+    are all of the task that the facts answer at their end, in random order. Where these are too few, simpler
+    ones follow, of what the task's answers build on: for qa2 where people are, for qa3 where objects and then
+    where people are. No question is, with these facts, one of evaluation. A short sample holds fewer.
 
     Args:
         tokenizer: Measures the text.
@@ -297,10 +298,7 @@ def babilong_training_pairs(
         asked = _simulate(qa, rng, "train", most_lines, max_stories=200)
         answer = _training_answer(qa, asked)
         plain = babilong_prompt(qa, " ".join(asked.facts), asked.text)
-        further = [
-            (_further_prompt(one.text), _training_answer(qa, one))
-            for one in _more_questions(qa, asked, rng, questions - 1)
-        ]
+        further = _further_pairs(qa, asked, rng, questions - 1)
         spare = max_tokens - _count_pairs(tokenizer, [(plain, answer), *further])
         while spare < 0 and further:
             further.pop()
@@ -325,15 +323,23 @@ def babilong_training_pairs(
     )
 
 
-def _more_questions(qa: BabiTask, asked: _Question, rng: random.Random, most: int) -> list[_Question]:
-    if not most:
-        return []
-    found = [
-        _Question(asked.facts, text, solution.answer, solution.supports)
-        for text, solution in solve_all(qa, asked.facts).items()
-        if text != asked.text and not _is_held_out(asked.facts, text)
-    ]
-    return rng.sample(found, min(most, len(found)))
+# What an answer builds on: where whoever carries the object is, and where the object is at last.
+_SIMPLER: dict[BabiTask, tuple[BabiTask, ...]] = {"qa2": ("qa1",), "qa3": ("qa2", "qa1")}
+
+
+def _further_pairs(qa: BabiTask, asked: _Question, rng: random.Random, most: int) -> list[tuple[str, str]]:
+    chosen: list[tuple[str, str]] = []
+    for task in (qa, *_SIMPLER.get(qa, ())):
+        if len(chosen) == most:
+            break
+        found = [
+            _Question(asked.facts, text, solution.answer, solution.supports)
+            for text, solution in solve_all(task, asked.facts).items()
+            if text != asked.text and not _is_held_out(asked.facts, text)
+        ]
+        taken = rng.sample(found, min(most - len(chosen), len(found)))
+        chosen += [(_further_prompt(one.text), _training_answer(task, one)) for one in taken]
+    return chosen
 
 
 def _is_held_out(facts: Sequence[str], question: str) -> bool:
