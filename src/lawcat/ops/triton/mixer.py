@@ -18,6 +18,9 @@ from .launch import Launch
 from .layout import GATE_ROWS, Layout
 from .layout import MixerOptions as MixerOptions
 
+# What replays of a captured graph copy from: it must not be freed when the shape is forgotten.
+_captured: list[tuple[Tensor, Tensor]] = []
+
 # Tests put a function here that fills what it allocates with NaN: nothing may be read before it is written.
 allocate: Any = torch.empty
 
@@ -138,6 +141,8 @@ def make_plan(inputs: MixerInputs, options: MixerOptions) -> Plan:
     )  # fmt: skip
     table, ranges = segments.table, segments.ranges
     if table is not None and ranges is not None:
+        if q.is_cuda and torch.cuda.is_current_stream_capturing():
+            _captured.append((table, ranges))
         # Copied for each call: another may run on another stream, or be captured in a graph.
         table, ranges = (t.to(q.device, non_blocking=True) for t in (table, ranges))
     return Plan(inputs, segments, segments.layout, table, ranges)
