@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
@@ -10,18 +11,21 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
+from transformers import ByT5Tokenizer
 
 from lawcat.errors import ConfigurationError, DataError
 from lawcat.tasks import (
     Sample,
     TextSource,
     babilong_training_pair,
+    babilong_training_pairs,
     builtin_source,
     encode_pair,
+    encode_pairs,
     get_task,
     held_out,
 )
-from lawcat.tasks.babi import BABI_TASKS, parse_fact
+from lawcat.tasks.babi import BABI_TASKS, PLACES, parse_fact
 from lawcat.tasks.babi_solver import solve
 from lawcat.tasks.babilong import babilong_prompt
 from lawcat.tasks.haystack import NOISE_SENTENCE
@@ -29,6 +33,7 @@ from lawcat.tasks.haystack import NOISE_SENTENCE
 TASKS = [get_task(f"babilong_{qa}") for qa in BABI_TASKS]
 QA1, QA2, QA3, QA4, QA5 = TASKS
 EXCERPT = Path(__file__).parent / "babilong_metric.jsonl"
+PLACE = "|".join(PLACES)
 SHARED = Path(__file__).parents[3] / "shared/data"
 
 
@@ -379,6 +384,114 @@ def test_training_pairs_filled_up_or_with_little_room(tokenizer):
         babilong_training_pair(tokenizer, 100, 0, 0, qa="qa1")
     with pytest.raises(ConfigurationError, match=r"qa is 'qa6'"):
         babilong_training_pair(tokenizer, 900, 0, 0, qa="qa6")
+
+
+def test_one_question_a_story_is_as_ever():
+    """By a hash of what commit 89c6a50 gave: runs of before are resumed with the same data."""
+    digest = hashlib.sha256()
+    for qa in ("qa1", "qa2", "qa3"):
+        for index in range(6):
+            made = babilong_training_pair(ByT5Tokenizer(), 4000, index, 0, qa=qa, text=builtin_source().text)
+            digest.update("|".join(made).encode())
+    assert digest.hexdigest()[:16] == "8b7481898ae7f82b"
+
+
+def test_further_questions_word_for_word():
+    first, *further = babilong_training_pairs(ByT5Tokenizer(), 6000, 5, 0, qa="qa2", questions=4)
+    assert first[0].endswith(
+        "<context>\nSandra travelled to the hallway. Mary took the apple there. Daniel grabbed the milk "
+        "there. Mary moved to the bathroom. Daniel journeyed to the kitchen. Daniel left the milk there. "
+        "Sandra went back to the bedroom. Daniel took the milk there. Daniel put down the milk. John went "
+        "back to the bathroom.\n</context>\n\nQuestion: Where is the milk?"
+    )
+    assert first[1] == "\nAnswer: The milk is in the kitchen."
+    assert further == [
+        ("\n\nQuestion: Where is the apple?", "\nAnswer: The apple is in the bathroom."),
+        ("\n\nQuestion: Where is Sandra?", "\nAnswer: The most recent location of Sandra is bedroom."),
+        ("\n\nQuestion: Where is John?", "\nAnswer: The most recent location of John is bathroom."),
+    ]
+
+
+FORMS = {
+    "Where is [A-Z]": r"\nAnswer: The most recent location of (\w+) is \w+\.",
+    "Where is the": r"\nAnswer: The (\w+) is in the \w+\.",
+    "Where was the": r"\nAnswer: Before the \w+ the (\w+) was in the \w+\.",
+    "Wh[ao]": r"\nAnswer: \w+()",
+}
+
+
+@pytest.mark.parametrize("qa", BABI_TASKS)
+def test_every_further_answer_is_right(tokenizer, qa):
+    text, counts = builtin_source().text, []
+    for index in range(16):
+        pairs = babilong_training_pairs(tokenizer, 1000, index, 3, qa=qa, text=text, questions=6)
+        assert pairs == babilong_training_pairs(tokenizer, 1000, index, 3, qa=qa, text=text, questions=6)
+        tokens, spans = encode_pairs(tokenizer, pairs)
+        assert len(tokens) <= 1000
+        assert [tokenizer.decode(tokens[start:end]) for start, end in spans] == [said for _, said in pairs]
+        facts = facts_in(context_of(pairs[0][0]))
+        asked = [prompt.rsplit("\n\nQuestion: ", 1)[1] for prompt, _ in pairs]
+        assert len(set(asked)) == len(asked) <= 6
+        for question, (prompt, said) in zip(asked, pairs, strict=True):
+            assert not held_out("\n".join([*facts, question]))
+            form = next(form for words, form in FORMS.items() if re.match(words, question))
+            subject = re.fullmatch(form, said).group(1)
+            assert not subject or re.search(rf"\b{subject}\b", question)
+            assert re.findall(r"\w+", said)[-1] == solve(facts, question).answer
+            assert prompt.endswith(f"\n\nQuestion: {question}")
+        assert [prompt.startswith("\n\nQuestion: ") for prompt, _ in pairs[1:]] == [True] * (len(pairs) - 1)
+        counts.append(len(pairs))
+    assert max(counts) > 3
+    # The first question and its facts are what a single one would be, unless the story became too long.
+    alone = babilong_training_pair(tokenizer, 3000, 1, 3, qa=qa, text=text)
+    first = babilong_training_pairs(tokenizer, 3000, 1, 3, qa=qa, text=text, questions=6)[0]
+    assert facts_in(context_of(first[0])) == facts_in(context_of(alone[0]))
+    assert (first[0].rsplit("\n", 1)[1], first[1]) == (alone[0].rsplit("\n", 1)[1], alone[1])
+
+
+def test_the_tasks_own_questions_come_first(tokenizer):
+    ranks = {"qa3": ["Where was", "Where is the", "Where is"], "qa2": ["Where is the", "Where is"]}
+    for qa, starts in ranks.items():
+        seen = set()
+        for index in range(12):
+            pairs = babilong_training_pairs(tokenizer, 2000, index, 0, qa=qa, questions=6)
+            asked = [prompt.rsplit("Question: ", 1)[1] for prompt, _ in pairs]
+            found = [next(n for n, start in enumerate(starts) if one.startswith(start)) for one in asked]
+            assert found == sorted(found)
+            seen |= set(found)
+        assert seen == set(range(len(starts)))
+
+
+def test_the_last_place_named_answers_no_more_often_than_in_evaluation(tokenizer, monkeypatch):
+    # What is counted is facts and answers; the noise, and how long all of it is, takes the time.
+    monkeypatch.setattr("lawcat.tasks.babilong._count_pairs", lambda *arguments: 0)
+    for qa, wanted in (("qa2", 0.396), ("qa3", 0.342)):
+        right: dict[bool, list[bool]] = {True: [], False: []}
+        for index in range(250):
+            pairs = babilong_training_pairs(tokenizer, 5000, index, 0, qa=qa, questions=3)
+            facts = context_of(pairs[0][0])
+            for number, (prompt, said) in enumerate(pairs):
+                question = prompt.rsplit("Question: ", 1)[1]
+                if number and not question.startswith("Where is the" if qa == "qa2" else "Where was"):
+                    continue
+                named = [place for place in re.findall(PLACE, facts) if place not in question]
+                right[number == 0].append(named[-1:] == [re.findall(r"\w+", said)[-1]])
+        assert mean(right[True]) <= wanted + 0.06
+        assert mean(right[False]) < wanted
+
+
+def test_further_questions_give_way_to_the_story(tokenizer):
+    counts = []
+    for tokens in range(500, 760, 20):
+        pairs = babilong_training_pairs(tokenizer, tokens, 0, tokens, qa="qa2", questions=6)
+        assert len(encode_pairs(tokenizer, pairs)[0]) <= tokens
+        counts.append(len(pairs))
+    assert min(counts) < max(counts)
+    for questions in (0, -1, True, 1.5):
+        with pytest.raises(
+            ConfigurationError, match=r"questions is .*; it must be a whole number, at least 1"
+        ):
+            babilong_training_pairs(tokenizer, 900, 0, 0, qa="qa1", questions=questions)
 
 
 def test_a_length_counted_by_another_tokenizer(tokenizer, tmp_path):

@@ -1,11 +1,13 @@
 """The needle tasks of RULER with several needles, and training pairs of their forms."""
 
+import hashlib
 import random
 import re
 from collections import Counter
 
 import numpy as np
 import pytest
+from transformers import ByT5Tokenizer
 
 from lawcat.errors import ConfigurationError, DataError
 from lawcat.tasks import (
@@ -18,9 +20,11 @@ from lawcat.tasks import (
     TextSource,
     builtin_source,
     encode_pair,
+    encode_pairs,
     get_task,
     held_out,
     niah_training_pair,
+    niah_training_pairs,
 )
 from lawcat.tasks.context import Context, draw_places
 from lawcat.tasks.needle import NeedleForm, draw_needles, needle_context
@@ -369,6 +373,55 @@ def test_training_pairs_of_every_form(tokenizer, form):
         assert sorted(said) == sorted(wanted)
         if len(keys) > 1:
             assert said == wanted
+
+
+@pytest.mark.parametrize("haystack", ["prose", "noise", "needle"])
+@pytest.mark.parametrize(("num_keys", "num_queries", "questions"), [(4, 1, 4), (5, 2, 3), (3, 1, 2)])
+def test_further_questions_about_other_needles(tokenizer, haystack, num_keys, num_queries, questions):
+    form = {"haystack": haystack, "num_keys": num_keys, "num_queries": num_queries}
+    for index in range(3):
+        pairs = niah_training_pairs(tokenizer, PROSE.text, 900, index, 0, questions=questions, **form)
+        alone = niah_training_pair(tokenizer, PROSE.text, 900, index, 0, **form)
+        assert (pairs[0][1], pairs[0][0].rsplit("\n", 1)[1]) == (alone[1], alone[0].rsplit("\n", 1)[1])
+        tokens, spans = encode_pairs(tokenizer, pairs)
+        assert 770 <= len(tokens) <= 900
+        assert [tokenizer.decode(tokens[start:end]) for start, end in spans] == [said for _, said in pairs]
+        value_of = {needle["key"]: needle["value"] for needle in needles_in(pairs[0][0])}
+        asked = []
+        for prompt, said in pairs[1:]:
+            line = (
+                r"\nWhat is the special magic number for (\S+) mentioned in the provided text\? "
+                r"The special magic number for \1 mentioned in the provided text is"
+            )
+            asked.append(re.fullmatch(line, prompt).group(1))
+            assert said == f" {value_of[asked[-1]]}."
+        assert len(set(asked)) == questions - 1
+        assert not any(key in pairs[0][0].rsplit("\n", 1)[1] for key in asked)
+
+
+def test_too_many_questions_for_the_keys(tokenizer):
+    for questions, form in (
+        (5, {"num_keys": 4}),
+        (3, {"num_keys": 3, "num_queries": 2}),
+        (0, {}),
+        (True, {}),
+    ):
+        with pytest.raises(
+            ConfigurationError, match=r"questions is .* from 1 to \d, since \d keys are hidden"
+        ):
+            niah_training_pairs(tokenizer, PROSE.text, 900, 0, 0, questions=questions, **form)
+
+
+def test_one_question_a_text_is_as_ever():
+    """By a hash of what commit 89c6a50 gave: runs of before are resumed with the same data."""
+    digest = hashlib.sha256()
+    for index in range(3):
+        for haystack in ("prose", "noise", "needle"):
+            for num_keys in (1, 3):
+                form = {"haystack": haystack, "num_keys": num_keys}
+                made = niah_training_pair(ByT5Tokenizer(), builtin_source().text, 2500, index, 0, **form)
+                digest.update("|".join(made).encode())
+    assert digest.hexdigest()[:16] == "385ac98049742929"
 
 
 def test_training_pairs_in_noise_need_no_text(tokenizer):

@@ -1,12 +1,14 @@
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lawcat.errors import ConfigurationError, DataError
-from lawcat.tasks import TASKS, encode_pair, get_task, held_out
+from lawcat.tasks import TASKS, encode_pair, encode_pairs, get_task, held_out
 from lawcat.tasks.sample import count_tokens, draw, fit_units, sample_rng
 
 
@@ -73,6 +75,68 @@ def test_encode_pair_splits_prompt_and_answer(tokenizer):
     with pytest.raises(DataError, match="no tokens for the answer"):
         encode_pair(tokenizer, "The pass key is", "")
     assert count_tokens(tokenizer, "The pass key is 123.") == len(tokens)
+
+
+PAIRS = [
+    ("One\nWhere is it?", "\nAnswer: The 7 is here."),
+    ("\n\nWhere else?", "\nAnswer: There, in the hallway."),
+    ("\n\nAnd?", " 31."),
+]
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "mistral"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_encode_pairs_tells_where_each_answer_is(request, name, count):
+    tokenizer, pairs = request.getfixturevalue(name), PAIRS[:count]
+    tokens, spans = encode_pairs(tokenizer, pairs)
+    assert tokens == tokenizer("".join(map("".join, pairs))).input_ids
+    assert [tokenizer.decode(tokens[start:end]).strip() for start, end in spans] == [
+        a.strip() for _, a in pairs
+    ]
+    assert (tokens, spans[0][0]) == encode_pair(
+        tokenizer, pairs[0][0], "".join(map("".join, pairs))[len(pairs[0][0]) :]
+    )
+    assert spans[-1][1] == len(tokens)
+
+
+def tokenizer_of(pattern, shift=lambda text: 0):
+    """Return a tokenizer with one token for each match, and the texts it was given."""
+    given = []
+
+    def call(text, verbose):
+        given.append(text)
+        found = re.findall(pattern, text, re.DOTALL)
+        return SimpleNamespace(input_ids=[hash(piece) + shift(text) for piece in found])
+
+    return call, given
+
+
+def test_a_token_across_the_end_of_an_answer_is_not_of_it():
+    pairs = [("Ask:", " 1."), ("\n\nAnd:", " 2.")]
+    call, _ = tokenizer_of(r"\.\n\n|: |.")
+    tokens, spans = encode_pairs(call, pairs)
+    found = re.findall(r"\.\n\n|: |.", "Ask: 1.\n\nAnd: 2.", re.DOTALL)
+    assert tokens == [hash(piece) for piece in found]
+    # One across the beginning is, as in encode_pair.
+    assert [found[start:end] for start, end in spans] == [[": ", "1"], [": ", "2", "."]]
+
+
+def test_a_long_context_is_tokenized_twice_whatever_follows():
+    pairs = [("Long. " * 500 + "\nAsk:", " 1.")] + [(f"\n\n{n}:", f" {n}.") for n in range(5)]
+    call, given = tokenizer_of(".")
+    _, spans = encode_pairs(call, pairs)
+    assert [len(text) > 2000 for text in given] == [True, True] + [False] * 12
+    # A tokenizer for which what stands far before changes all tokens: the short way does not hold.
+    call, given = tokenizer_of(".", shift=lambda text: text.count("L"))
+    assert encode_pairs(call, pairs)[1] == spans
+    assert sum(len(text) > 2000 for text in given) == 2 + 10
+
+
+def test_encode_pairs_without_an_answer(tokenizer):
+    for index in range(3):
+        pairs = [(prompt, "" if index == n else answer) for n, (prompt, answer) in enumerate(PAIRS)]
+        with pytest.raises(DataError, match="no tokens for the answer ''; it cannot be trained on"):
+            encode_pairs(tokenizer, pairs)
 
 
 def test_importing_tasks_imports_neither_torch_nor_transformers():
