@@ -34,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lawcat.ops import fused
 from lawcat.ops.fused import linear_attention_mixer
-from lawcat.ops.triton import launch, layout
+from lawcat.ops.triton import launch
 from lawcat.ops.triton import mixer as kernels
 from lawcat.ops.triton.configurations import Configuration, Tuning, choose_configuration, sub_block_tokens
 
@@ -614,15 +614,18 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=220, help="the sweep stops after so long")
     parser.add_argument("--share", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="write all figures here")
-    parser.add_argument("--apart", action="store_true", help="kernels start when the one before has ended")
+    parser.add_argument(
+        "--overlap", action="store_true", help="kernels start before the one before has ended"
+    )
     parser.add_argument(
         "--reuse", action=argparse.BooleanOptionalAction, default=True,
         help="launch without asking Triton what to compile",
     )  # fmt: skip
     arguments = parser.parse_args()
     launch.reuse_compiled = arguments.reuse
-    if arguments.apart:
-        layout.can_overlap = lambda: False
+    if arguments.overlap:
+        by_table = kernels.choose_configuration
+        kernels.choose_configuration = lambda *a: replace(by_table(*a), overlaps=True)
     if arguments.design != "table":
         choose = kernels.choose_configuration
         is_prepared = arguments.design == "prepared"
