@@ -7,6 +7,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 OUT ?= out/demo
+# What comes trained with the package, and how often it and its teacher are asked at 16K tokens: a minute each time.
+SHIPPED := smollm2-135m-longcontext
+SAMPLES_16K ?= 3
 
 BIN := $(VENV)/bin
 ifeq ($(TORCH),system)
@@ -43,6 +46,8 @@ demo: $(VENV)/.demo
 	$(BIN)/lawcat eval smollm2-135m-instruct $(OUT)/untrained $(OUT)/student \
 	  --tasks passkey,perplexity --lengths 256,1k,4k --samples 11 --perplexity-tokens 4096 --dtype fast \
 	  --records $(OUT)/samples.jsonl --report $(OUT)/report
+	$(BIN)/lawcat eval smollm2-135m-instruct $(SHIPPED) --tasks passkey --lengths 16k --samples $(SAMPLES_16K) \
+	  --option passkey.depth=random --dtype fast --records $(OUT)/samples-16k.jsonl --report $(OUT)/report-16k
 
 test: $(VENV)/.test
 	@$(BIN)/python tests/peers/fetch.py || echo "the peers' test suites could not be fetched; their tests skip"

@@ -55,8 +55,8 @@ class Configuration:
         feature_taps: Taps of the convolution in one of its products, a power of two; 0 convolves before.
         query_heads: The most heads of q that one of its programs makes: they share a gate.
         key_heads: The most of k: they share a gate and their inputs.
-        overlaps: Where the GPU can, kernels are launched while the one before still runs. Not the table's choice
-            until it is measured.
+        overlaps: Where the GPU can, kernels are launched while the one before still runs: not the table's
+            choice until it is measured.
     """
 
     chunk: int
