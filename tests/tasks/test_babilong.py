@@ -387,7 +387,7 @@ def test_training_pairs_filled_up_or_with_little_room(tokenizer):
 
 
 def test_one_question_a_story_is_as_ever():
-    """By a hash of what commit 89c6a50 gave: runs of before are resumed with the same data."""
+    """By a hash of what was given before there were further questions."""
     digest = hashlib.sha256()
     for qa in ("qa1", "qa2", "qa3"):
         for index in range(6):

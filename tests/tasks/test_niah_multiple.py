@@ -413,7 +413,7 @@ def test_too_many_questions_for_the_keys(tokenizer):
 
 
 def test_one_question_a_text_is_as_ever():
-    """By a hash of what commit 89c6a50 gave: runs of before are resumed with the same data."""
+    """By a hash of what was given before there were further questions."""
     digest = hashlib.sha256()
     for index in range(3):
         for haystack in ("prose", "noise", "needle"):
