@@ -185,7 +185,8 @@ def _add_lora(student: LawcatForCausalLM, settings: RecoverySettings) -> None:
     with warnings.catch_warnings():  # peft still asks transformers for a name that is on its way out
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         get_peft_model(student, config)
-    use_half_precision(student)
+    if next(student.parameters()).is_cuda:  # on a CPU float32 products cost next to nothing
+        use_half_precision(student)
     for name, parameter in student.named_parameters():
         if is_trained_in_full(name):  # bfloat16 would round small updates away
             parameter.data = parameter.data.float()
