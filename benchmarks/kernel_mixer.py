@@ -32,8 +32,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lawcat.ops import fused
+from lawcat.ops.convolution import causal_conv1d_of_heads
+from lawcat.ops.decay import log_decay_of
+from lawcat.ops.feature_map import hedgehog_feature_map
 from lawcat.ops.fused import linear_attention_mixer
+from lawcat.ops.shapes import repeat_heads
 from lawcat.ops.triton import launch
 from lawcat.ops.triton import mixer as kernels
 from lawcat.ops.triton.configurations import Configuration, Tuning, choose_configuration, sub_block_tokens
@@ -258,11 +261,11 @@ def training(arguments: argparse.Namespace) -> None:
 
         def with_fla(t: dict[str, Tensor] = tensors) -> Tensor:
             heads = t["map_weight"].shape[0]
-            k, v, gate = (fused._repeat_heads(t[name], heads) for name in ("k", "v", "gate"))
-            log_decay = (torch.nn.functional.logsigmoid(gate) / 16).clamp(min=-2.5)
-            q = fused.causal_conv1d(t["q"].flatten(2), t["q_taps"])[0].view_as(t["q"])
-            k = fused.causal_conv1d(k.flatten(2), t["k_taps"])[0].view_as(k)
-            q, k = (fused.hedgehog_feature_map(x, t["map_weight"]).to(v.dtype) for x in (q, k))
+            k, v, gate = (repeat_heads(t[name], heads) for name in ("k", "v", "gate"))
+            log_decay = log_decay_of(gate, divisor=16.0, min_log_decay=-2.5)
+            q, _ = causal_conv1d_of_heads(t["q"], t["q_taps"])
+            k, _ = causal_conv1d_of_heads(k, t["k_taps"])
+            q, k = (hedgehog_feature_map(x, t["map_weight"]).to(v.dtype) for x in (q, k))
             ones = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
             read = chunk_gla(q, k, ones, g=log_decay, scale=1.0)[0]
             return read[..., :-1] / (read[..., -1:] + 1e-6)

@@ -1,6 +1,6 @@
 """The forward with features made once: a kernel writes them, decayed, and the others only multiply matrices.
 
-``prepare_kernel`` writes of each chunk ``phi(q) 2^(b - r)`` and ``phi(k) 2^(r - b)``, b being the sums of
+``feature_kernel`` writes of each chunk ``phi(q) 2^(b - r)`` and ``phi(k) 2^(r - b)``, b being the sums of
 log-decays since the chunk's start and r half of the chunk's sum, so that the weights are their product. With
 ``S' = 2^r S``, both what the queries read and the state after the chunk need no factor for each token::
 
@@ -101,8 +101,8 @@ def exponent_kernel(
         i = tl.arange(0, C)
         place = decays + program.to(tl.int64) * (C * FP) + i[:, None] * FP + column[None, :]
         # Every head reads these: in the features' own precision, as reading them in float32 costs a third of
-        # the feature kernel's time. A segment that decays too much has no use for those of q, which may be
-        # infinite; 1 / d must not be of a d that has become 0.
+        # the feature kernel's time. A segment that decays too much has no use for those of q, which are cut
+        # off at the range of a float; 1 / d must not be of a d that has become 0.
         decay = tl.exp2(tl.minimum(tl.maximum(b - before[None, :], -126.0), 126.0))
         tl.store(place, decay.to(decays.dtype.element_ty))
 
