@@ -3,6 +3,7 @@
     python benchmarks/kernel_mixer.py --parts correctness,forward,split,first
     python benchmarks/kernel_mixer.py --parts sweep --lengths 2048,8192,32768
     python benchmarks/kernel_mixer.py --parts training --lengths 1024,8192
+    ncu --profile-from-start off python benchmarks/kernel_mixer.py --parts profile --lengths 32768
 
 "Mixer" is everything between the projections and W_o: convolution of q and k, feature map, gate, recurrence,
 division. Against PyTorch's SDPA with the flash backend on the same q, k and v, in the same run; medians of
@@ -586,6 +587,20 @@ def with_design(table: Configuration, is_prepared: bool) -> Configuration:
     )  # fmt: skip
 
 
+def profile(arguments: argparse.Namespace) -> None:
+    """Run one forward between the profiler's marks, for Nsight Compute."""
+    runtime = torch.cuda.cudart()
+    for width, tokens in itertools.product(arguments.widths, arguments.lengths):
+        with torch.no_grad():
+            tensors = Shape(tokens, width).tensors()
+            run_kernels(tensors)
+            torch.cuda.synchronize()
+            runtime.cudaProfilerStart()
+            run_kernels(tensors)
+            torch.cuda.synchronize()
+            runtime.cudaProfilerStop()
+
+
 PARTS = {
     "correctness": correctness,
     "forward": forward,
@@ -593,6 +608,7 @@ PARTS = {
     "training": training,
     "sweep": sweep,
     "first": first,
+    "profile": profile,
 }
 
 
