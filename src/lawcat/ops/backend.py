@@ -114,6 +114,8 @@ def explain() -> str:
     return "\n".join(lines)
 
 
+# Constant in what is compiled, as above: the warning comes while compiling.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def kernels_or_torch(backend: str, device: str, unsupported: str | None) -> bool:
     """Return whether the kernels run a call for which ``choose_backend`` says ``"triton"``.
 

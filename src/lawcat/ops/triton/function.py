@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .mixer import Forward, MixerInputs, MixerOptions, backward, forward, make_plan
+from .custom_ops import DIFFERENTIABLE, traced_mixer
+from .mixer import MixerInputs, MixerOptions, forward, gradients_of, make_plan
 from .support import on_device_of
 
-# The fields of MixerInputs in their order: those that a gradient is taken of, and the other tensors.
-_DIFFERENTIABLE = ("q", "k", "v", "gate", "q_taps", "k_taps", "map_weight", "initial_state")
+# The fields of MixerInputs in their order, after those that a gradient is taken of: the other tensors.
 _CONSTANT = ("q_before", "k_before", "keep")
 
 
@@ -29,9 +29,7 @@ class MixerFunction(torch.autograd.Function):
         with on_device_of(inputs[0]):
             result = forward(make_plan(MixerInputs(*inputs), options), save_sums=True)
         *tensors, boundaries, num_state_heads = inputs
-        ctx.save_for_backward(
-            *tensors, result.output, result.states, result.normalisers, result.strongest, result.weight_sums
-        )
+        ctx.save_for_backward(*tensors, result.output, result.saved)
         ctx.constants = boundaries, num_state_heads, options
         ctx.set_materialize_grads(False)
         return result.output, result.final
@@ -40,23 +38,16 @@ class MixerFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor | None, grad_final: Tensor | None) -> tuple[Any, ...]:
         """Return the gradients of ``forward``'s arguments."""
-        count = len(_DIFFERENTIABLE) + len(_CONSTANT)
+        count = len(DIFFERENTIABLE) + len(_CONSTANT)
         # Asked for once: checkpointed ones may not be unpacked a second time.
         saved_tensors = ctx.saved_tensors
-        tensors = saved_tensors[:count]
-        output, states, normalisers, strongest, weight_sums = saved_tensors[count:]
         *constants, options = ctx.constants
-        if grad_output is None:
-            grad_output = torch.zeros_like(output)
-        if grad_final is not None:
-            grad_final = grad_final.float().contiguous()
-        saved = Forward(output, output, states, normalisers, strongest, weight_sums)
-        with on_device_of(output):
-            plan = make_plan(MixerInputs(*tensors, *constants), options)
-            gradients = backward(plan, saved, grad_output.contiguous(), grad_final)
+        inputs = MixerInputs(*saved_tensors[:count], *constants)
+        output, saved = saved_tensors[count:]
+        gradients = gradients_of(inputs, options, output, saved, grad_output, grad_final)
         wanted = [
             getattr(gradients, name) if needed else None
-            for name, needed in zip(_DIFFERENTIABLE, ctx.needs_input_grad, strict=False)
+            for name, needed in zip(DIFFERENTIABLE, ctx.needs_input_grad, strict=False)
         ]
         return (*wanted, *[None] * (len(_CONSTANT) + 3))
 
@@ -66,11 +57,6 @@ def run(inputs: MixerInputs, options: MixerOptions) -> tuple[Tensor, Tensor]:
 
     They may be laid out in any way; q, k and v may differ in dtype.
     """
-    # Asked for, as what keeps a compiler out costs microseconds where there is none.
-    return _run_uncompiled(inputs, options) if torch.compiler.is_compiling() else _run(inputs, options)
-
-
-def _run(inputs: MixerInputs, options: MixerOptions) -> tuple[Tensor, Tensor]:
     q, k, v, state = inputs.q, inputs.k, inputs.v, inputs.initial_state
     output_dtype = v.dtype
     if not q.dtype == k.dtype == v.dtype:
@@ -82,13 +68,14 @@ def _run(inputs: MixerInputs, options: MixerOptions) -> tuple[Tensor, Tensor]:
     )  # fmt: skip
     arguments = [None if t is None else t.contiguous() for t in tensors]
     constants = inputs.boundaries, inputs.num_state_heads
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments):
+    wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments)
+    if torch.compiler.is_compiling():
+        # Only then: the dispatcher would cost an eager call tens of microseconds.
+        output, final = traced_mixer(arguments, *constants, options, save=wants_gradient)
+    elif wants_gradient:
         output, final = MixerFunction.apply(*arguments, *constants, options)
     else:
         with on_device_of(q):
             result = forward(make_plan(MixerInputs(*arguments, *constants), options))  # type: ignore[arg-type, call-arg]
         output, final = result.output, result.final
     return output.to(output_dtype), final
-
-
-_run_uncompiled = torch.compiler.disable(_run)

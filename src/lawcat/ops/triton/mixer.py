@@ -17,6 +17,7 @@ from .configurations import Configuration, choose_configuration, padded_width
 from .launch import Launch
 from .layout import GATE_ROWS, Layout
 from .layout import MixerOptions as MixerOptions
+from .support import on_device_of
 
 # What replays of a captured graph copy from: it must not be freed when the shape is forgotten.
 _captured: list[tuple[Tensor, Tensor]] = []
@@ -105,6 +106,13 @@ class Plan:
         """Return the same with the chunks of the backward kernels, in the same segments."""
         return Plan(self.inputs, self.segments, self.layout.of_gradient, self.table, self.ranges)
 
+    def saved_sizes(self, *, with_sums: bool = True) -> list[int]:
+        """Return the sizes of the parts of ``Forward.saved``."""
+        batch, tokens, heads = self.inputs.q.shape[:3]
+        shape, segments = self.layout.shape, self.segments
+        sums = batch * tokens * heads if with_sums and self.layout.options.normalize else None
+        return _saved_sizes((segments.count + segments.sequences) * shape["N"], shape["F"], shape["DV"], sums)
+
 
 def dot_dtype(dtype: torch.dtype) -> Any:
     """Return the type of the operands of matrix products for inputs of this dtype.
@@ -167,26 +175,22 @@ def _cut_up(
     options: MixerOptions,
     choose: Callable[..., Configuration],
 ) -> Segments:
-    batch, tokens, heads, width = q_shape
+    _, tokens, heads, width = q_shape
     v_heads, value_dim = v_shape
-    lengths = [tokens] * batch
-    if boundaries is not None:
-        lengths = [b - a for a, b in itertools.pairwise(boundaries)]
-    configuration = options.configuration or choose(
-        feature_dim, value_dim, dtype, sum(lengths) // max(1, len(lengths)), n * len(lengths),
-        options.min_log_decay, processors(device),
-    )  # fmt: skip
+    configuration, sequences, count = _count(
+        q_shape, n, feature_dim, value_dim, boundaries, dtype, device, options, choose
+    )
     segment = configuration.segment
     table = ranges = None
+    of_sequence = count
     if boundaries is None:
         of_sequence = -(-tokens // segment)
-        count = of_sequence * batch
     else:
         rows, first = [], [0]
-        for index, (start, length) in enumerate(zip(boundaries, lengths, strict=False)):
+        for index, (start, stop) in enumerate(itertools.pairwise(boundaries)):
+            length = stop - start
             rows += [(start, t, min(t + segment, length), index, length) for t in range(0, length, segment)]
             first.append(len(rows))
-        of_sequence = count = len(rows)
         table = torch.tensor(rows, dtype=torch.int32).reshape(-1, 5)
         ranges = torch.tensor(first, dtype=torch.int32)
     value_block = min(configuration.value_block, padded_width(value_dim))
@@ -215,7 +219,35 @@ def _cut_up(
     }
     layout = _layout(options, configuration, tuple(shape.items()), heads)
     size = tokens, of_sequence, segment
-    return Segments(layout, len(lengths), of_sequence, count, size, table, ranges)
+    return Segments(layout, sequences, of_sequence, count, size, table, ranges)
+
+
+def _count(
+    q_shape: tuple[int, ...],
+    n: int,
+    feature_dim: int,
+    value_dim: int,
+    boundaries: tuple[int, ...] | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    options: MixerOptions,
+    choose: Callable[..., Configuration],
+) -> tuple[Configuration, int, int]:
+    """Return the configuration, and how many sequences and segments there are.
+
+    Batch and tokens may be symbols of a compiler. What the choice compares them with becomes its guards.
+    """
+    batch, tokens = q_shape[:2]
+    sequences = batch if boundaries is None else len(boundaries) - 1
+    average = tokens if boundaries is None else tokens // sequences
+    configuration = options.configuration or choose(
+        feature_dim, value_dim, dtype, average, n * sequences, options.min_log_decay, processors(device)
+    )
+    segment = configuration.segment
+    if boundaries is None:
+        return configuration, sequences, -(-tokens // segment) * batch
+    count = sum(-(-(stop - start) // segment) for start, stop in itertools.pairwise(boundaries))
+    return configuration, sequences, count
 
 
 @functools.lru_cache(maxsize=64)
@@ -228,9 +260,34 @@ def _layout(
 
 def workspace(sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> Sequence[Tensor]:
     """Return flat tensors of these many numbers, allocated in one piece, each at a multiple of 256 bytes."""
-    padded = [-(-size // 128) * 128 for size in sizes]
+    padded = _aligned(sizes)
     whole: Tensor = allocate((sum(padded),), dtype=dtype, device=device)
     return whole.split_with_sizes(padded)
+
+
+def _aligned(sizes: Sequence[int]) -> list[int]:
+    return [-(-size // 128) * 128 for size in sizes]
+
+
+def saved_numbers(inputs: MixerInputs, options: MixerOptions) -> int:
+    """Return how long ``Forward.saved`` is with the sums, of a call that may be one of a compiler's."""
+    q, n = inputs.q, inputs.num_state_heads
+    batch, tokens, heads = q.shape[:3]
+    # Widths are compiled in, so that no symbol of a compiler stands for them.
+    width = int(q.shape[3] if inputs.map_weight is None else 2 * inputs.map_weight.shape[2])
+    values = int(inputs.v.shape[3])
+    # Not from its cache, where symbols cannot be looked up.
+    choose = getattr(choose_configuration, "__wrapped__", choose_configuration)
+    _, sequences, count = _count(
+        q.shape, n, width, values, inputs.boundaries, q.dtype, q.device, options, choose
+    )
+    sums = batch * tokens * heads if options.normalize else None
+    return sum(_aligned(_saved_sizes((count + sequences) * n, width, values, sums)))
+
+
+def _saved_sizes(states: int, width: int, values: int, sums: int | None) -> list[int]:
+    sizes = [states * width * values, states * width, states]
+    return sizes if sums is None else [*sizes, sums]
 
 
 def _write_decay_sums(plan: Plan, sums: Tensor) -> None:
@@ -269,6 +326,7 @@ class Forward:
     Attributes:
         output: [B, T, H, D].
         final: The state after each sequence [S, N, F, D + 1].
+        saved: The next four in one piece.
         states: What a segment adds; after the scan, the state before it and after the last [segments + S, N,
             D, F].
         normalisers: The same of the normaliser [segments + S, N, F].
@@ -278,10 +336,17 @@ class Forward:
 
     output: Tensor
     final: Tensor
+    saved: Tensor
     states: Tensor
     normalisers: Tensor
     strongest: Tensor
     weight_sums: Tensor | None
+
+    @staticmethod
+    def of(output: Tensor, final: Tensor, saved: Tensor, sizes: Sequence[int]) -> Forward:
+        """Return the same with ``saved`` in its parts, of these many numbers each."""
+        states, normalisers, strongest, *sums = saved.split_with_sizes(_aligned(sizes))
+        return Forward(output, final, saved, states, normalisers, strongest, sums[0] if sums else None)
 
 
 def forward(plan: Plan, *, save_sums: bool = False) -> Forward:
@@ -291,14 +356,11 @@ def forward(plan: Plan, *, save_sums: bool = False) -> Forward:
     n, width, values = layout.shape["N"], layout.shape["F"], layout.shape["DV"]
     output = allocate((batch, tokens, heads, values), dtype=v.dtype, device=v.device)
     final = allocate((segments.sequences, n, width, values + 1), dtype=torch.float32, device=v.device)
-    rows = (segments.count + segments.sequences) * n
-    sizes = [rows * width * values, rows * width, rows]
-    if save_sums and layout.options.normalize:
-        sizes.append(batch * tokens * heads)
-    states, normalisers, strongest, *sums = workspace(sizes, torch.float32, v.device)
-    result = Forward(output, final, states, normalisers, strongest, sums[0] if sums else None)
+    sizes = plan.saved_sizes(with_sums=save_sums)
+    saved = allocate((sum(_aligned(sizes)),), dtype=torch.float32, device=v.device)
+    result = Forward.of(output, final, saved, sizes)
     run = _forward_prepared if layout.configuration.is_prepared else _forward
-    run(plan, result, rows * width)
+    run(plan, result, sizes[1])
     return result
 
 
@@ -390,6 +452,26 @@ class Gradients:
     k_taps: Tensor | None
     map_weight: Tensor | None
     initial_state: Tensor
+
+
+def gradients_of(
+    inputs: MixerInputs,
+    options: MixerOptions,
+    output: Tensor,
+    saved: Tensor,
+    grad_output: Tensor | None,
+    grad_final: Tensor | None,
+) -> Gradients:
+    """Return the gradients of a call, from what its forward gave and saved; None stands for zeros."""
+    if grad_output is None:
+        grad_output = torch.zeros_like(output)
+    if grad_final is not None:
+        grad_final = grad_final.float().contiguous()
+    with on_device_of(output):
+        plan = make_plan(inputs, options)
+        # The final state is not looked at.
+        result = Forward.of(output, output, saved, plan.saved_sizes())
+        return backward(plan, result, grad_output.contiguous(), grad_final)
 
 
 def backward(plan: Plan, saved: Forward, grad_output: Tensor, grad_final: Tensor | None) -> Gradients:

@@ -57,6 +57,19 @@ def can_overlap() -> bool:
     return all(torch.cuda.get_device_capability(device) >= (9, 0) for device in devices)
 
 
+# A compiler cannot follow how this is found out.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _cannot_run_on(device: torch.device) -> str | None:
+    """Return why no kernel can run on tensors of this device, or None where they can."""
+    if reason := missing():
+        return reason
+    if is_interpreted():
+        return None
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}; the kernels run on cuda"
+    return too_old(device)
+
+
 def unsupported_because(
     q: Tensor,
     k: Tensor,
@@ -70,13 +83,9 @@ def unsupported_because(
 
     ``others`` count where they require a gradient.
     """
-    if reason := missing():
+    reason: str | None = _cannot_run_on(q.device)
+    if reason is not None:
         return reason
-    if not is_interpreted():
-        if q.device.type != "cuda":
-            return f"the tensors are on {q.device.type}; the kernels run on cuda"
-        if reason := too_old(q.device):
-            return reason
     for name, tensor in (("q", q), ("k", k), ("v", v), ("gate", gate)):
         if tensor.dtype not in _DTYPES:
             return f"{name} is {tensor.dtype}; the kernels take bfloat16, float16 and float32"
