@@ -241,7 +241,7 @@ class LawcatAttention(nn.Module):
         It has no gradient, and what autograd may still need is not written over. It knows no padding: see
         ``LawcatModel``.
         """
-        if mask is not None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if mask is not None or torch.is_grad_enabled():
             return False
         if choose_backend("auto", q.device.type) != "triton":
             return False
@@ -255,7 +255,8 @@ class LawcatAttention(nn.Module):
             feature_dim=2 * self.feature_map.weight.shape[2],
             value_dim=self.head_dim,
         )
-        return kernels_or_torch("auto", q.device.type, unsupported)
+        runs: bool = kernels_or_torch("auto", q.device.type, unsupported)
+        return runs
 
     def _step_in_place(
         self,

@@ -285,6 +285,14 @@ def decode_step(
         >>> from lawcat.ops.triton.decode_step import decode_step
         >>> o = decode_step(q, k, v, gate_logits, state, *inputs, *filters, matrices)  # doctest: +SKIP
     """
+    if torch.compiler.is_compiling():
+        from .custom_ops import traced_decode_step
+
+        output = traced_decode_step(
+            q, k, v, gate_logits, state, q_inputs, k_inputs, q_conv, k_conv, feature_weight,
+            gate_divisor, min_log_decay, normalize, eps,
+        )  # fmt: skip
+        return output if out is None else out.copy_(output)
     has_token_dim = q.ndim == 4
     if has_token_dim:
         tokens = {t.shape[1] for t in (q, k, v, *(() if gate_logits is None else (gate_logits,)))}
