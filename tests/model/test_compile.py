@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from model_variants import VARIANTS, model_of, random_tokens
 
@@ -20,3 +21,17 @@ def test_one_graph() -> None:
     ours, theirs = model.new_cache(), model.new_cache()
     for tokens in (prompt, token, token):
         assert_near(compiled(tokens, ours), read(tokens, theirs), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["paper", "very strong bound"])
+def test_one_graph_with_gradients(name: str) -> None:
+    """Also where a decay may be too strong for factors, which eager code finds out by looking."""
+    model = model_of(VARIANTS[name] | {"num_hidden_layers": 1}, torch.float32)
+    tokens = random_tokens(2, 20)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = []
+    for form in (compiled, model):
+        loss = form(tokens, labels=tokens, use_cache=False).loss
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for actual, expected in zip(*found, strict=True):
+        assert_near(actual, expected, 2e-5)

@@ -283,13 +283,6 @@ def test_buffers_of_a_call_are_aligned_and_apart() -> None:
     assert [set(piece.tolist()) for piece in pieces] == [{0.0}, set(), {2.0}, {3.0}]
 
 
-@torch.no_grad()
-def test_a_compiler_leaves_the_kernels_alone() -> None:
-    tensors = MixerCase(3).tensors(torch.float32, DEVICE)
-    compiled = torch.compile(lambda **t: kernels(**t)[0] * 2, backend="aot_eager")
-    assert torch.equal(compiled(**tensors), kernels(**tensors)[0] * 2)
-
-
 def test_nothing_to_do() -> None:
     tensors = {name: t.detach().float().to(DEVICE) for name, t in MixerCase(4).tensors().items()}
     for name in ("q", "k", "v", "gate"):

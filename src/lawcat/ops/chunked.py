@@ -77,7 +77,8 @@ def gated_linear_attention_chunked(
         return v.new_zeros(batch, tokens, num_query_heads, value_dim), state
 
     chunk = None if min_log_decay is None else _factored_chunk(min_log_decay, tokens)
-    if chunk is None:
+    # A compiled graph cannot depend on the data: with a bound that is too low for factors it takes pairs.
+    if chunk is None and (min_log_decay is None or not torch.compiler.is_compiling()):
         lowest, highest = (bound.item() for bound in torch.aminmax(log_decay.detach()))
         check_log_decay(highest)
         chunk = _factored_chunk(lowest, tokens)
