@@ -28,10 +28,10 @@ from lawcat.ops.triton.decode_step import decode_step  # noqa: E402
 DEVICE = "cuda" if HAS_GPU else "cpu"
 on_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
 CASES = {
-    "paper": MixerCase(9, taps=2),
-    "padding": MixerCase(9, batch=2, padding=3, taps=2, heads=2, state_heads=1, gate_width=1),
-    "packed": MixerCase(9, boundaries=(0, 4, 9), taps=2, normalize=False),
-    "nothing optional": MixerCase(5, taps=None, has_state=False, gate_is_logit=False),
+    "paper": MixerCase(5, taps=2),
+    "padding": MixerCase(5, batch=2, padding=2, taps=2, heads=2, state_heads=1, gate_width=1),
+    "packed": MixerCase(5, boundaries=(0, 2, 5), taps=2, normalize=False),
+    "nothing optional": MixerCase(3, taps=None, has_state=False, gate_is_logit=False),
 }
 
 
@@ -81,7 +81,7 @@ def test_one_graph_gives_what_the_definition_does(name: str) -> None:
         assert_near(actual.cpu(), expected[what], 5e-5, what)
 
 
-@pytest.mark.parametrize(("name", "save"), [("paper", True), ("padding", True), ("packed", False)])
+@pytest.mark.parametrize(("name", "save"), [("paper", True), ("packed", False)])
 def test_the_mixer_is_what_it_says_it_is(name: str, save: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Schema, shapes without data, gradients, and the same for sizes that are symbols."""
     monkeypatch.setattr(mixer, "allocate", torch.zeros)  # what fills up to whole lines is compared, too
@@ -145,7 +145,7 @@ def test_gradients_of_one_result_alone() -> None:
 def test_any_length_by_one_graph() -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(kernels, fullgraph=True, backend=counter)
-    for tokens in (7, 9, 20):
+    for tokens in (5, 9):
         case = MixerCase(tokens, taps=2)
         tensors = case.tensors(torch.float32, DEVICE)
         for name in ("q", "k", "v", "gate"):
