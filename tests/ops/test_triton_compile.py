@@ -175,7 +175,7 @@ def test_what_is_saved_is_as_long_as_a_compiler_is_told(
 
 
 def test_eager_calls_do_without_the_dispatcher() -> None:
-    """Which would cost them tens of microseconds."""
+    """Which would cost them some 20 microseconds."""
     seen: list[str] = []
 
     class Noting(TorchDispatchMode):

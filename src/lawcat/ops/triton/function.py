@@ -70,7 +70,7 @@ def run(inputs: MixerInputs, options: MixerOptions) -> tuple[Tensor, Tensor]:
     constants = inputs.boundaries, inputs.num_state_heads
     wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments)
     if torch.compiler.is_compiling():
-        # Only then: the dispatcher would cost an eager call tens of microseconds.
+        # Only then: the dispatcher would cost an eager call some 20 microseconds.
         output, final = traced_mixer(arguments, *constants, options, save=wants_gradient)
     elif wants_gradient:
         output, final = MixerFunction.apply(*arguments, *constants, options)
