@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from lawcat import LawcatConfig, LawcatForCausalLM
@@ -36,3 +38,12 @@ def make_model(
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=noise)
     return model.to(dtype)
+
+
+def in_bfloat16(model: LawcatForCausalLM) -> LawcatForCausalLM:
+    """A copy as it is loaded: the new parameters stay float32."""
+    model = copy.deepcopy(model).to(torch.bfloat16)
+    for module in model.attention_modules():
+        for name in module.new_modules():
+            getattr(module, name).float()
+    return model

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from comparison import assert_near
 from lawcat import LawcatForCausalLM
 from lawcat.ops import use_backend
-from small_models import make_model
+from small_models import in_bfloat16, make_model
 
 triton = pytest.importorskip("triton")
 HAS_GPU = torch.cuda.is_available()
@@ -105,20 +105,12 @@ def test_a_compiled_model_generates() -> None:
     assert operators(counter)[0] == ["lawcat.mixer"]
 
 
-def in_bfloat16(model: LawcatForCausalLM) -> LawcatForCausalLM:
-    """As it is loaded: the new parameters stay float32."""
-    model = model.to(torch.bfloat16)
-    for module in model.attention_modules():
-        for name in module.new_modules():
-            getattr(module, name).float()
-    return model
-
-
 @pytest.mark.gpu
 @on_gpu
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_training_by_inductor_on_a_gpu(mode: str | None) -> None:
-    model = in_bfloat16(make_model(**WIDE).to(DEVICE)).train()
+    """In float32, where gradients of sums that cancel can be compared."""
+    model = make_model(**WIDE).to(DEVICE).train()
     compiled = torch.compile(model, fullgraph=True, mode=mode)
     tokens = tokens_of(2, 300)
     expected = gradients(model, model(tokens, labels=tokens, use_cache=False).loss)
@@ -126,7 +118,7 @@ def test_training_by_inductor_on_a_gpu(mode: str | None) -> None:
         torch.compiler.cudagraph_mark_step_begin()
         found = gradients(model, compiled(tokens, labels=tokens, use_cache=False).loss)
         for name, gradient in found.items():
-            assert_near(gradient.float(), expected[name].float(), 5e-2, name)
+            assert_near(gradient, expected[name], 1e-3, name)
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ from lawcat.convert.initialize import is_new_parameter
 from lawcat.distill.attention_transfer import attention_transfer_losses
 from lawcat.errors import BackendError
 from lawcat.ops import use_backend
-from small_models import make_model
+from small_models import in_bfloat16, make_model
 
 triton = pytest.importorskip("triton")
 if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
@@ -69,15 +69,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def no_launch(launches: list[int]) -> Iterator[None]:
     yield
     assert not launches
-
-
-def in_bfloat16(model: LawcatForCausalLM) -> LawcatForCausalLM:
-    """A copy as it is loaded: the new parameters stay float32."""
-    model = copy.deepcopy(model).to(torch.bfloat16)
-    for module in model.attention_modules():
-        for name in module.new_modules():
-            getattr(module, name).float()
-    return model
 
 
 def tokens_of(*shape: int) -> Tensor:
