@@ -634,17 +634,11 @@ def main() -> None:
     parser.add_argument("--share", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument(
-        "--overlap", action="store_true", help="kernels start before the one before has ended"
-    )
-    parser.add_argument(
         "--reuse", action=argparse.BooleanOptionalAction, default=True,
         help="launch without asking Triton what to compile",
     )  # fmt: skip
     arguments = parser.parse_args()
     launch.reuse_compiled = arguments.reuse
-    if arguments.overlap:
-        by_table = kernels.choose_configuration
-        kernels.choose_configuration = lambda *a: replace(by_table(*a), overlaps=True)
     if arguments.design != "table":
         choose = kernels.choose_configuration
         is_prepared = arguments.design == "prepared"

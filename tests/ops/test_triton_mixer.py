@@ -336,6 +336,8 @@ class FakeKernel:
 
     arg_names = ("x", "y", "tokens", "A", "B")
 
+    warmup: Any
+
     def __init__(self) -> None:
         self.calls: list[Any] = []
 
@@ -368,6 +370,24 @@ def test_reuse_of_what_was_compiled() -> None:
     Launch(kernel, 2, B=2, A=3, warps=4)(3, (x, None), (5,))
     Launch(kernel, 2, B=2, A=1, warps=8)(3, (x, None), (5,))
     assert kernel.calls[8:] == ["compiled"] * 2
+
+
+def test_compiling_ahead_launches_nothing() -> None:
+    """Each kernel is compiled by what it would be launched with; later calls launch."""
+    kernel, x = FakeKernel(), torch.zeros(64)
+    again = Launch(kernel, 2, B=2, A=1, warps=4)
+    seen: list[tuple[Any, ...]] = []
+    kernel.warmup = lambda *arguments, **options: seen.append((arguments, options))
+    launch.compile_together(lambda: [again(3, (x, None), (5,)), again(4, (x, None), (6,))])
+    assert kernel.calls == []
+    assert [arguments for arguments, _ in seen] == [(x, None, 5), (x, None, 6)]
+    assert seen[0][1].items() >= {"grid": (6,), "A": 1, "B": 2, "num_warps": 4}.items()
+    again(3, (x, None), (5,))
+    assert kernel.calls == ["compiled"]
+    with pytest.raises(RuntimeError, match="stop"):
+        launch.compile_together(lambda: (_ for _ in ()).throw(RuntimeError("stop")))
+    again(3, (x, None), (5,))
+    assert kernel.calls[1][0] == (6, 1, 1)
 
 
 @pytest.mark.parametrize("is_reusing", [False, True])

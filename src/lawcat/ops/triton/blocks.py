@@ -328,18 +328,6 @@ def store_state(
 
 
 @triton.jit
-def wait_for_previous(OVERLAP: tl.constexpr):
-    """Wait for the kernel launched before this one, and let the next be launched.
-
-    With programmatic dependent launch a kernel's programs start while the last of the one before still run.
-    What an earlier kernel of the same call wrote may be read, and anything be written, only after this.
-    """
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
 def log2_sigmoid(x, INTERPRETED: tl.constexpr):
     """Return log2(sigmoid) of logits that are given times log2(e), and ``e = 2^-|x|``.
 

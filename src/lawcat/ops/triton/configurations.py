@@ -55,8 +55,6 @@ class Configuration:
         feature_taps: Taps of the convolution in one of its products, a power of two; 0 convolves before.
         query_heads: The most heads of q that one of its programs makes: they share a gate.
         key_heads: The most of k: they share a gate and their inputs.
-        overlaps: Where the GPU can, kernels are launched while the one before still runs: not the table's
-            choice until it is measured.
     """
 
     chunk: int
@@ -74,7 +72,6 @@ class Configuration:
     feature_taps: int = 4
     query_heads: int = 1
     key_heads: int = 1
-    overlaps: bool = False
 
 
 def sub_block_tokens(min_log_decay: float, chunk: int) -> int:

@@ -31,7 +31,6 @@ from .blocks import (
     log2_sigmoid,
     stay_in_layout,
     store_state,
-    wait_for_previous,
     without_padding,
 )
 
@@ -148,7 +147,7 @@ def scan_kernel(
     states, normalisers, decays, initial, final, ranges, num_segments,
     N: tl.constexpr, F: tl.constexpr, DV: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
     F_BLOCKS: tl.constexpr, V_BLOCKS: tl.constexpr, HAS_INITIAL: tl.constexpr, REVERSE: tl.constexpr,
-    PACKED: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr = False,
+    PACKED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Turn what each segment adds into the state before it (after it, in REVERSE), in place.
 
@@ -170,7 +169,6 @@ def scan_kernel(
     f = f_block * BF + tl.arange(0, BF)
     column = v_block * BV + tl.arange(0, BV)
     inside = (column[:, None] < DV) & (f[None, :] < F)
-    wait_for_previous(OVERLAP)
     ends = (sequence.to(tl.int64) * N + n) * (F * (DV + 1))
     if HAS_INITIAL:
         state = tl.load(initial + ends + f[None, :] * (DV + 1) + column[:, None], mask=inside, other=0.0).to(

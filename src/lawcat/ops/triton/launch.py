@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import Any
 
 import triton
@@ -15,6 +19,34 @@ reuse_compiled = True
 # Kernels are compiled for tensors that start at a multiple of these bytes, or for any.
 _ALIGNMENT = 16
 _LARGEST_INT32 = 2**31 - 1
+
+# What `compile_together` collects; launches are noted here instead of run.
+_noted: ContextVar[list[Callable[[], object]] | None] = ContextVar("lawcat_noted_launches", default=None)
+
+
+def compile_together(run: Callable[[], object]) -> None:
+    """Compile the kernels that a function launches, several at once and without launching any.
+
+    One after the other they take 5 to 25 seconds. Triton compiles outside Python's global lock.
+
+    Args:
+        run: Called once; what its kernels would have written is not there.
+    """
+    try:
+        from triton.runtime._async_compile import AsyncCompileMode, active_mode
+    except ImportError:  # then each is compiled when it is first launched
+        return
+    if active_mode.get() is not None:  # the caller's own
+        return
+    noted: list[Callable[[], object]] = []
+    token = _noted.set(noted)
+    try:
+        run()
+    finally:
+        _noted.reset(token)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool):
+        for compile_ in noted:
+            compile_()
 
 
 class Launch:
@@ -30,7 +62,6 @@ class Launch:
         warps: See ``Tuning``.
         stages: See ``Tuning``.
         registers: See ``Tuning``.
-        overlaps: The kernel waits by itself for the one before it and may be launched while that still runs.
         constants: The kernel's ``constexpr`` arguments by name.
     """
 
@@ -42,17 +73,12 @@ class Launch:
         warps: int,
         stages: int = 1,
         registers: int | None = None,
-        overlaps: bool = False,
         **constants: Any,
     ) -> None:
-        if overlaps:
-            constants["OVERLAP"] = True
         self._kernel = kernel
         self._each = each
         self._constants = constants
         self._options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
-        if overlaps:
-            self._options["launch_pdl"] = True
         self._compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
 
     def __call__(self, units: int, tensors: tuple[Tensor | None, ...], numbers: tuple[float, ...]) -> None:
@@ -63,6 +89,10 @@ class Launch:
             tensors: The kernel's first arguments; the first of them is no None.
             numbers: Its next ones.
         """
+        noted = _noted.get()
+        if noted is not None:
+            noted.append(lambda: self._warm_up(units, tensors, numbers))
+            return
         if not reuse_compiled:
             self._through_triton(units, tensors, numbers)
             return
@@ -93,6 +123,10 @@ class Launch:
             names = self._kernel.arg_names[len(tensors) + len(numbers) :]
             # Compiled in: what stands in their places is not read.
             self._compiled[tuple(key)] = compiled, [self._constants.get(name) for name in names]
+
+    def _warm_up(self, units: int, tensors: tuple[Tensor | None, ...], numbers: tuple[float, ...]) -> None:
+        grid = (units * self._each,)
+        self._kernel.warmup(*tensors, *numbers, grid=grid, **self._constants, **self._options)
 
     def _through_triton(
         self, units: int, tensors: tuple[Tensor | None, ...], numbers: tuple[float, ...]

@@ -27,7 +27,6 @@ from .prepared import (
     prepared_state_kernel,
     strong_output_kernel,
 )
-from .support import can_overlap
 
 # Tokens of a program of ``gate_gradient_kernel``.
 GATE_ROWS = 32
@@ -67,6 +66,7 @@ class Layout:
         chunks_of_segment: Chunks of a segment.
         activation: What the kernels that read the gate take: divisor and bound.
         eps: Added to the normaliser.
+        compiled: Device, with a gradient or not, from a state or not: what was compiled ahead.
     """
 
     def __init__(
@@ -80,16 +80,11 @@ class Layout:
         # Floats, since the kernels are compiled anew for integers.
         self.activation = float(options.gate_divisor), max(float(options.min_log_decay), STRONGEST_LOG_DECAY)
         self.eps = float(options.eps)
+        self.compiled: set[tuple[torch.device, bool, bool]] = set()
 
     def constants(self, *names: str) -> dict[str, Any]:
         """Return those of the constants that a kernel takes."""
         return {name: self.shape[name] for name in names}
-
-    @functools.cached_property
-    def _overlaps(self) -> bool:
-        configuration = self.configuration
-        interpreted = self.shape["INTERPRETED"]
-        return configuration.is_prepared and configuration.overlaps and not interpreted and can_overlap()
 
     @functools.cached_property
     def feature_dtype(self) -> torch.dtype:
@@ -133,7 +128,7 @@ class Layout:
                 scan_kernel, n * blocks_f * blocks_v,
                 N=n, F=width, DV=values, BF=block_f, BV=block_v, F_BLOCKS=blocks_f, V_BLOCKS=blocks_v,
                 HAS_INITIAL=has_initial, REVERSE=reverse, PACKED=self.shape["PACKED"], STAGES=4,
-                warps=2, overlaps=self._overlaps,
+                warps=2,
             )
             for has_initial in (False, True)
             for reverse in (False, True)
@@ -159,10 +154,9 @@ class Layout:
         """Of ``exponent_kernel``, by chunk."""
         names = ("GATE_HEADS", "GATE_WIDTH", "F", "FP", "C", "MASKED", "PACKED", "INTERPRETED")
         constants = self.constants(*names)
-        # The first of a call: what comes before it is not ours.
         return Launch(
             exponent_kernel, self.shape["GATE_HEADS"],
-            IS_LOGIT=self.options.is_logit, OVERLAP=self._overlaps, **constants, warps=4,
+            IS_LOGIT=self.options.is_logit, **constants, warps=4,
         )  # fmt: skip
 
     def _features(self, x_heads: int, heads: int, group: int, is_key: bool) -> Launch:
@@ -178,7 +172,6 @@ class Layout:
             X_HEADS=x_heads, HEADS=heads, TAPS_P=taps, IS_KEY=is_key, GROUP=group,
             RUN=configuration.feature_chunks, BLOCK=min(configuration.feature_taps, taps), **constants,
             **(configuration.key_features if is_key else configuration.query_features).options(),
-            overlaps=self._overlaps,
         )  # fmt: skip
 
     @functools.cached_property
@@ -206,7 +199,7 @@ class Layout:
         """Of ``prepared_state_kernel``, by segment."""
         each = self.shape["N"] * self.shape["V_BLOCKS"]
         tuning = self.configuration.state.options()
-        return Launch(prepared_state_kernel, each, **self._of_products, **tuning, overlaps=self._overlaps)
+        return Launch(prepared_state_kernel, each, **self._of_products, **tuning)
 
     @functools.cached_property
     def may_be_strong(self) -> bool:
@@ -218,7 +211,7 @@ class Layout:
         """Of ``prepared_output_kernel``, by segment."""
         return self._by_save_sums(
             prepared_output_kernel, MAY_BE_STRONG=self.may_be_strong, **self._of_products,
-            **self.configuration.output.options(), overlaps=self._overlaps,
+            **self.configuration.output.options(),
         )  # fmt: skip
 
     @functools.cached_property
@@ -227,7 +220,7 @@ class Layout:
         chunk = max(16, min(32, self.configuration.sub_block))
         return self._by_save_sums(
             strong_output_kernel, SUB=min(chunk, self.configuration.sub_block),
-            IS_LOGIT=self.options.is_logit, **{**self.shape, "C": chunk}, warps=4, overlaps=self._overlaps,
+            IS_LOGIT=self.options.is_logit, **{**self.shape, "C": chunk}, warps=4,
         )  # fmt: skip
 
     @functools.cached_property

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configurations import Configuration, choose_configuration, padded_width
-from .launch import Launch
+from .launch import Launch, compile_together
 from .layout import GATE_ROWS, Layout
 from .layout import MixerOptions as MixerOptions
 from .support import on_device_of
@@ -351,6 +351,21 @@ class Forward:
 
 def forward(plan: Plan, *, save_sums: bool = False) -> Forward:
     """Run the forward kernels; ``save_sums`` keeps what the backward needs of the normaliser."""
+    variant = plan.inputs.q.device, save_sums, plan.inputs.initial_state is not None
+    if variant not in plan.layout.compiled and not plan.layout.shape["INTERPRETED"]:
+        plan.layout.compiled.add(variant)
+        compile_together(lambda: _launch_all(plan, save_sums))
+    return _launch_forward(plan, save_sums)
+
+
+def _launch_all(plan: Plan, save_sums: bool) -> None:
+    result = _launch_forward(plan, save_sums)
+    # Who saves for the backward will call it.
+    if save_sums:
+        backward(plan, result, torch.empty_like(result.output), None)
+
+
+def _launch_forward(plan: Plan, save_sums: bool) -> Forward:
     v, layout, segments = plan.inputs.v, plan.layout, plan.segments
     batch, tokens, heads = plan.inputs.q.shape[:3]
     n, width, values = layout.shape["N"], layout.shape["F"], layout.shape["DV"]

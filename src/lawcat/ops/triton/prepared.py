@@ -35,7 +35,6 @@ from .blocks import (
     locate_segment,
     stay_in_layout,
     store_state,
-    wait_for_previous,
     without_padding,
 )
 from .forward import log2_decay, output_chunk, write_output
@@ -73,7 +72,6 @@ def exponent_kernel(
     tokens, num_segments, segment_tokens, num_chunks, divisor, lowest,
     GATE_HEADS: tl.constexpr, GATE_WIDTH: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, C: tl.constexpr,
     MASKED: tl.constexpr, PACKED: tl.constexpr, IS_LOGIT: tl.constexpr, INTERPRETED: tl.constexpr,
-    OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
     """Write ``2^(b - r)`` and two exponents. One program a chunk and gate head.
 
@@ -86,7 +84,6 @@ def exponent_kernel(
         chunk // num_chunks, tokens, num_segments, segment_tokens, table, PACKED
     )
     t0 = start + chunk % num_chunks * C
-    wait_for_previous(OVERLAP)
     if t0 < stop:
         b, total = chunk_decays(
             gate, first_row, t0, stop, head, keep, divisor, lowest,
@@ -207,7 +204,6 @@ def feature_kernel(
     TAPS: tl.constexpr, TAPS_P: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr,
     IS_KEY: tl.constexpr, HAS_BEFORE: tl.constexpr, HAS_MAP: tl.constexpr, MASKED: tl.constexpr,
     PACKED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
-    OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
     """Write the decayed features of q, or of k and their sums. One program RUN chunks and GROUP heads.
 
@@ -242,7 +238,6 @@ def feature_kernel(
                     map_weight, taps, head, head // (HEADS // N), first_tap, D, F, DP, FP, TAPS, BLOCK
                 )
             weights = weights + (weight.to(operand),)  # type: ignore[assignment]  # noqa: RUF005
-    wait_for_previous(OVERLAP)
     for index in range(first_chunk, tl.minimum(first_chunk + RUN, chunks)):
         t0 = start + index * C
         chunk = segment * num_chunks + index
@@ -302,7 +297,7 @@ def prepared_state_kernel(
     tokens, num_segments, segment_tokens, num_chunks,
     V_HEADS: tl.constexpr, GATE_HEADS: tl.constexpr, N: tl.constexpr, F: tl.constexpr, DV: tl.constexpr,
     FP: tl.constexpr, BV: tl.constexpr, V_BLOCKS: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr = False,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As ``state_kernel``, from prepared keys."""
     program = tl.program_id(0)
@@ -315,7 +310,6 @@ def prepared_state_kernel(
     v_head = n // (N // V_HEADS)
     gate_head = n // (N // GATE_HEADS)
     column = tl.arange(0, FP)
-    wait_for_previous(OVERLAP)
     state = tl.zeros([BV, FP], tl.float32)
     normaliser = tl.zeros([FP], tl.float32)
     decay = tl.zeros([FP], tl.float32)
@@ -353,7 +347,7 @@ def prepared_output_kernel(
     H: tl.constexpr, V_HEADS: tl.constexpr, GATE_HEADS: tl.constexpr, N: tl.constexpr, F: tl.constexpr,
     DV: tl.constexpr, FP: tl.constexpr, BV: tl.constexpr, V_BLOCKS: tl.constexpr, C: tl.constexpr,
     MAY_BE_STRONG: tl.constexpr, PACKED: tl.constexpr, NORMALIZE: tl.constexpr, SAVE_SUMS: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr = False,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As ``output_kernel``, from prepared features, but for segments that decay too much."""
     program = tl.program_id(0)
@@ -368,7 +362,6 @@ def prepared_output_kernel(
     gate_head = n // (N // GATE_HEADS)
     column = tl.arange(0, FP)
     row = (segment + sequence).to(tl.int64) * N + n
-    wait_for_previous(OVERLAP)
     if MAY_BE_STRONG and tl.load(strongest + row) < -2 * MAX_EXPONENT:
         return
     feature, is_feature = feature_columns(F, FP)
@@ -404,7 +397,6 @@ def strong_output_kernel(
     SUB: tl.constexpr, TAPS: tl.constexpr, HAS_BEFORE: tl.constexpr, HAS_MAP: tl.constexpr,
     MASKED: tl.constexpr, PACKED: tl.constexpr, IS_LOGIT: tl.constexpr, NORMALIZE: tl.constexpr,
     SAVE_SUMS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
-    OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
     """Write the output of the segments that decay too much for ``prepared_output_kernel``, from q and k."""
     program = tl.program_id(0)
@@ -416,7 +408,6 @@ def strong_output_kernel(
     )
     n = head // (H // N)
     row = (segment + sequence).to(tl.int64) * N + n
-    wait_for_previous(OVERLAP)
     if tl.load(strongest + row) >= -2 * MAX_EXPONENT:
         return
     k_head = n // (N // K_HEADS)

@@ -50,13 +50,6 @@ def too_old(device: torch.device) -> str | None:
     return None
 
 
-@functools.cache
-def can_overlap() -> bool:
-    """Return whether every GPU here launches a kernel while the one before still runs, as from Hopper on."""
-    devices = range(torch.cuda.device_count())
-    return all(torch.cuda.get_device_capability(device) >= (9, 0) for device in devices)
-
-
 # A compiler cannot follow how this is found out.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _cannot_run_on(device: torch.device) -> str | None:
