@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager
 
 from ..ops.backend import choose_backend, gated_linear_attention, kernels_or_torch
 from ..ops.fused import linear_attention_mixer
+from ..ops.mixer_step import linear_attention_mixer_step
 from ..ops.precision import without_autocast
 from ..ops.shapes import repeat_heads
 from ..ops.step import gated_linear_attention_step
@@ -153,9 +154,11 @@ class LawcatAttention(nn.Module):
             if self.window is not None or config.feature_map == "untied":
                 return self._composed(q, k, v, logits, position_embeddings, mask, state)
             if state is not None and state.recurrent is not None and x.shape[1] == 1:
-                if not self._steps_in_place(q, k, v, logits, mask, state):
-                    return self._composed(q, k, v, logits, position_embeddings, mask, state)
-                return self._step_in_place(q, k, v, logits, position_embeddings, state)
+                if self._steps_in_place(q, k, v, logits, mask, state):
+                    return self._step_in_place(q, k, v, logits, position_embeddings, state)
+                if mask is None:
+                    return self._step(q, k, v, logits, position_embeddings, state)
+                return self._composed(q, k, v, logits, position_embeddings, mask, state)
             if config.linear_rope:
                 q, k = self._rotate(q, k, position_embeddings)
             q_taps, k_taps = self._taps()
@@ -290,6 +293,40 @@ class LawcatAttention(nn.Module):
             eps=config.normalizer_eps,
         )
         state.count(1)
+        return output
+
+    def _step(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        logits: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        state: LinearAttentionState,
+    ) -> Tensor:
+        """One token without padding, in few operations."""
+        config = self.config
+        if config.linear_rope:
+            q, k = self._rotate(q, k, position_embeddings)
+        assert state.recurrent is not None
+        q_taps, k_taps = self._taps()
+        output, recurrent, q_inputs, k_inputs = linear_attention_mixer_step(
+            q,
+            k,
+            v,
+            logits,
+            self.feature_map.weight,
+            state.recurrent,
+            q_taps=q_taps,
+            k_taps=k_taps,
+            q_inputs=state.q_inputs,
+            k_inputs=state.k_inputs,
+            gate_divisor=config.gate_divisor,
+            min_log_decay=config.min_log_decay,
+            normalize=config.use_normalizer,
+            eps=config.normalizer_eps,
+        )
+        state.store(recurrent, q_inputs, k_inputs, num_tokens=1)
         return output
 
     def _taps(self) -> tuple[Tensor | None, Tensor | None]:

@@ -256,9 +256,10 @@ class LawcatModel(LawcatPreTrainedModel):
             tokens = inputs_embeds.shape[1]
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
             self._check_padding_mask(attention_mask, tokens, past + tokens, is_hybrid=FULL in types)
-            if LINEAR in masks and tokens == 1 and past and self._looks_at_masks(inputs_embeds):
+            if LINEAR in masks and self._looks_at_masks(inputs_embeds, past):
                 # To look waits for the GPU, so it is done here and not in each layer.
-                masks[LINEAR] = None if bool((attention_mask[:, -1] != 0).all()) else attention_mask
+                is_whole = bool((attention_mask[:, -tokens:] != 0).all())
+                masks[LINEAR] = None if is_whole else attention_mask
         if FULL in types:
             masks[FULL] = create_causal_mask(
                 config=self.config,
@@ -269,12 +270,18 @@ class LawcatModel(LawcatPreTrainedModel):
             )
         return masks
 
-    def _looks_at_masks(self, inputs_embeds: Tensor) -> bool:
-        """Return whether a token's mask is better left out where it is all ones: kernels decode without."""
+    def _looks_at_masks(self, inputs_embeds: Tensor, past_tokens: int) -> bool:
+        """Return whether a mask is better left out where it is all ones.
+
+        On a CPU that saves work; on a GPU kernels decode without one, but to look waits.
+        """
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.config.sliding_window is not None:
             return False
-        chosen: str = choose_backend("auto", inputs_embeds.device.type)
-        return chosen == "triton"
+        device = inputs_embeds.device.type
+        if device == "cpu":
+            return True
+        chosen: str = choose_backend("auto", device)
+        return chosen == "triton" and inputs_embeds.shape[1] == 1 and past_tokens > 0
 
     def _check_padding_mask(
         self, attention_mask: Tensor, tokens: int, all_tokens: int, *, is_hybrid: bool

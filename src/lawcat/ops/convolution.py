@@ -52,7 +52,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, initial_state: Tensor | None = None
     # Shifted products in the layout the projections give: F.conv1d would need a transposition to [B, C, T].
     y = extended[:, taps - 1 :] * weight[:, taps - 1]
     for tap in range(taps - 1):
-        y = torch.addcmul(y, extended[:, tap : tap + tokens].to(y.dtype), weight[:, tap].to(y.dtype))
+        y.addcmul_(extended[:, tap : tap + tokens].to(y.dtype), weight[:, tap].to(y.dtype))
     state = extended[:, tokens:].transpose(1, 2).contiguous()  # [B, C, K-1]
     return y, state
 

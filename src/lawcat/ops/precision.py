@@ -21,6 +21,8 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     >>> at_least_float32(torch.ones(1, dtype=torch.bfloat16)).dtype
     torch.float32
     """
+    if tensor.dtype in (torch.float32, torch.float64):  # asked for at each token, many times a layer
+        return tensor
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
