@@ -96,7 +96,7 @@ def main() -> None:
                     sys.exit(f"{shape.name}, {dtype}: wrong; no figure")
         for batch in BATCHES:
             rows.append(_timed(shape, batch, options.seconds, options.bytes_per_s))
-            free_memory(DEVICE)
+            free_memory()
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(
         json.dumps({"environment": environment(DEVICE, torch.bfloat16), "rows": rows}, indent=1)
