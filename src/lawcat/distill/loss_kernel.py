@@ -25,9 +25,9 @@ OUTSIDE = tl.constexpr(-1e30)
 
 @triton.jit
 def _loss_kernel(
-    student, teacher, targets, weights, losses, vocabulary,
+    student, teacher, targets, weights, kl_factors, losses, vocabulary,
     cross_entropy_weight, kl_weight, temperature,
-    HAS_TEACHER: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_TEACHER: tl.constexpr, HAS_FACTORS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write both losses of a row, and over its student's logits their gradient. One program a row."""
     row = tl.program_id(0).to(tl.int64)
@@ -77,12 +77,15 @@ def _loss_kernel(
     log_tempered = 0.0
     log_teacher = 0.0
     kl = 0.0
+    kl_factor = 1.0
+    if HAS_FACTORS:
+        kl_factor = tl.load(kl_factors + row)
     if HAS_TEACHER:
         log_tempered = tl.log(tempered_total)
         log_teacher = tl.log(teacher_total)
         kl = (difference / teacher_total - (teacher_largest - largest)) / temperature
         kl += log_tempered - log_teacher
-    tl.store(losses + 2 * row + 1, weight * kl * temperature * temperature)
+    tl.store(losses + 2 * row + 1, weight * kl_factor * kl * temperature * temperature)
 
     for start in range(0, vocabulary, BLOCK):
         inside = start + column < vocabulary
@@ -93,7 +96,7 @@ def _loss_kernel(
             t = tl.load(teacher + row * vocabulary + start + column, mask=inside, other=0.0).to(tl.float32)
             p = tl.exp((t - teacher_largest) / temperature - log_teacher)
             tempered = tl.exp((s - largest) / temperature - log_tempered)
-            gradient += kl_weight * temperature * (tempered - p)
+            gradient += kl_weight * kl_factor * temperature * (tempered - p)
         tl.store(student + start + column, weight * gradient, mask=inside)
 
 
@@ -111,6 +114,7 @@ def loss_and_gradient(
     teacher_logits: Tensor | None,
     targets: Tensor,
     weights: Tensor,
+    kl_factors: Tensor | None = None,
     *,
     cross_entropy_weight: float,
     kl_weight: float,
@@ -124,6 +128,7 @@ def loss_and_gradient(
         teacher_logits: The same shape, or None for no KL.
         targets: The token that follows each [N].
         weights: Factor of both losses [N], float32; a row of weight 0 is not looked at.
+        kl_factors: A further factor of the KL alone [N], float32; None for 1.
         cross_entropy_weight: See above.
         kl_weight: See above.
         temperature: Divides both logits in the KL term, which is multiplied by its square.
@@ -135,9 +140,10 @@ def loss_and_gradient(
     is_gpu = logits.device.type == "cuda"
     with torch.cuda.device(logits.device) if is_gpu else contextlib.nullcontext():
         _loss_kernel[(len(logits),)](
-            logits, teacher_logits, targets, weights, losses, vocabulary,
+            logits, teacher_logits, targets, weights, kl_factors, losses, vocabulary,
             float(cross_entropy_weight), float(kl_weight), float(temperature),
             HAS_TEACHER=teacher_logits is not None,
+            HAS_FACTORS=kl_factors is not None,
             BLOCK=min(_BLOCK, triton.next_power_of_2(vocabulary)),
             num_warps=8,
         )  # fmt: skip

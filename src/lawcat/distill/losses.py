@@ -108,6 +108,7 @@ class _LanguageLoss(torch.autograd.Function):
         teacher_head: Tensor | None,
         targets: Tensor,
         weights: Tensor,
+        kl_factors: Tensor | None,
         cross_entropy_weight: float,
         kl_weight: float,
         temperature: float,
@@ -120,6 +121,7 @@ class _LanguageLoss(torch.autograd.Function):
         for start in range(0, hidden.shape[0], step):
             piece = slice(start, start + step)
             weight = weights[piece]
+            kl_factor = None if kl_factors is None else kl_factors[piece]
             if fused is not None:
                 logits = F.linear(hidden[piece], head)
                 teacher_logits = None
@@ -130,6 +132,7 @@ class _LanguageLoss(torch.autograd.Function):
                     teacher_logits,
                     targets[piece],
                     weight,
+                    kl_factor,
                     cross_entropy_weight=cross_entropy_weight,
                     kl_weight=kl_weight,
                     temperature=temperature,
@@ -149,7 +152,8 @@ class _LanguageLoss(torch.autograd.Function):
                     with torch.no_grad():
                         teacher_logits = F.linear(teacher_hidden[piece], teacher_head).float()
                     divergence = kl_divergence(logits / temperature, teacher_logits / temperature)
-                    kl = (weight * divergence).sum() * temperature**2
+                    kl_weights = weight if kl_factor is None else weight * kl_factor
+                    kl = (kl_weights * divergence).sum() * temperature**2
                     total = total + kl_weight * kl
                 wanted = [piece_hidden, piece_head] if head_grad is not None else [piece_hidden]
                 grads = torch.autograd.grad(total, wanted)
@@ -166,7 +170,7 @@ class _LanguageLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, head_grad = ctx.saved_tensors
         scaled_head = None if head_grad is None else head_grad * grad.to(head_grad.dtype)
-        return (hidden_grad * grad.to(hidden_grad.dtype), scaled_head, *(None,) * 7)
+        return (hidden_grad * grad.to(hidden_grad.dtype), scaled_head, *(None,) * 8)
 
 
 def _only_used(values: Tensor, used: Tensor) -> Tensor:
@@ -187,6 +191,7 @@ def language_loss(
     *,
     teacher_hidden: Tensor | None = None,
     teacher_head: Tensor | None = None,
+    kl_factors: Tensor | None = None,
     cross_entropy_weight: float = 1.0,
     kl_weight: float = 0.0,
     temperature: float = 1.0,
@@ -194,8 +199,8 @@ def language_loss(
     """Return the weighted sums over tokens of the loss, of its cross-entropy and of its KL divergence.
 
     The loss is ``cross_entropy_weight * CE + kl_weight * temperature^2 * KL(teacher || student)``, both at
-    the given token weights; divide by the sum of weights over all processes for a mean. Tokens of weight 0
-    are not looked at.
+    the given token weights, KL at those times ``kl_factors``; divide by the sum of weights over all processes
+    for a mean. Tokens of weight 0 are not looked at.
 
     Args:
         hidden: The student's last hidden states [B, T, hidden].
@@ -204,6 +209,7 @@ def language_loss(
         weights: The weight of each position [B, T], at least 0.
         teacher_hidden: The teacher's last hidden states [B, T, hidden]; needed where ``kl_weight`` is not 0.
         teacher_head: The teacher's output matrix.
+        kl_factors: What the KL of each position counts beside its weight [B, T]; None for 1 everywhere.
         cross_entropy_weight: See above.
         kl_weight: See above.
         temperature: Divides both logits in the KL term.
@@ -220,6 +226,7 @@ def language_loss(
         head if teacher_head is None else teacher_head,
         take(targets, used),
         take(weights, used).float(),
+        None if kl_factors is None else take(kl_factors, used).float(),
         cross_entropy_weight,
         kl_weight,
         temperature,

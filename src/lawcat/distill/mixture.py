@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from math import lcm
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from numpy.typing import NDArray
 from torch import nn
@@ -34,9 +34,19 @@ from lawcat.distill.text import Progress, find_files, read_documents, tokenize_f
 from lawcat.distill.token_cache import fingerprint_of, tokenizer_fingerprint
 from lawcat.errors import ConfigurationError, DataError
 from lawcat.files import sha256_file
+from lawcat.tasks import (
+    babilong_training_label,
+    babilong_training_pairs,
+    niah_training_pairs,
+    passkey_training_pair,
+)
+from lawcat.tasks.babilong import NOISE_SHARES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+T = TypeVar("T")
 
 
 class Turns:
@@ -370,8 +380,18 @@ class _Builder:
                 length = self.recipe.sequence_length
                 pairs = partial(_babilong_pairs, text if files else None, source, length)
                 record["tasks"] = list(source.tasks)
+                if source.noise_shares not in (None, NOISE_SHARES):
+                    record["noise_shares"] = list(source.noise_shares)
             # Left out where they are 1, as in records of before there were these options.
             record |= {name: n for name in ("needles", "questions") if (n := getattr(source, name)) > 1}
+        recovery = self.recipe.recovery
+        answer_weight = _given(source.answer_weight, recovery.answer_weight)
+        label_weight = _given(source.label_weight, answer_weight)
+        kl_factor = _given(source.answer_kl_weight, 1.0)
+        # Likewise left out where they say nothing new.
+        record |= {"answer_weight": answer_weight} if answer_weight != recovery.answer_weight else {}
+        record |= {"label_weight": label_weight} if label_weight != answer_weight else {}
+        record |= {"answer_kl_weight": kl_factor} if kl_factor != 1 else {}
         return TaskSource(
             self.name,
             pairs,
@@ -379,17 +399,22 @@ class _Builder:
             self.recipe.sequence_length,
             self.seed,
             min_sample_tokens=source.min_sample_tokens,
-            answer_weight=self.recipe.recovery.answer_weight,
-            context_weight=self.recipe.recovery.context_weight,
+            answer_weight=answer_weight,
+            context_weight=recovery.context_weight,
+            answer_kl_factor=kl_factor,
+            label_weight=label_weight,
+            find_label=babilong_training_label if label_weight != answer_weight else None,
             record=record,
         )
+
+
+def _given(value: T | None, default: T) -> T:
+    return default if value is None else value
 
 
 def _passkey_pairs(
     tokenizer: PreTrainedTokenizerBase, max_tokens: int, seed: int, rng: random.Random
 ) -> list[tuple[str, str]]:
-    from lawcat.tasks import passkey_training_pair
-
     return [passkey_training_pair(tokenizer, max_tokens, 0, seed)]
 
 
@@ -401,8 +426,6 @@ def _needle_pairs(
     seed: int,
     rng: random.Random,
 ) -> list[tuple[str, str]]:
-    from lawcat.tasks import niah_training_pairs
-
     kind = rng.choice(source.value_kinds)
     haystack, num_keys = rng.choice(source.haystacks), rng.choice(source.num_keys)
     make = partial(niah_training_pairs, tokenizer, prose, max_tokens, 0, seed, kind=kind, haystack=haystack)
@@ -424,8 +447,6 @@ def _babilong_pairs(
     seed: int,
     rng: random.Random,
 ) -> list[tuple[str, str]]:
-    from lawcat.tasks import babilong_training_pairs
-
     return babilong_training_pairs(
         tokenizer,
         max_tokens,
@@ -436,4 +457,5 @@ def _babilong_pairs(
         # A sequence of several segments is for the distance alone.
         fill=max_tokens >= sequence_length,
         questions=source.questions,
+        noise_shares=_given(source.noise_shares, NOISE_SHARES),
     )

@@ -425,6 +425,15 @@ class DataSource(_Settings):
             one to have it more often. A prompt without facts takes some 200 to 300 tokens.
         questions: Provider babilong: most questions about the facts of one sample, each with its answer; 1
             for one alone, as in the evaluation.
+        noise_shares: Provider babilong: how many samples are filled up with noise, have some, and have none,
+            relative to one another, as in `[1, 1, 6]`; `None` for 4, 3 and 1. Samples without noise are
+            short, so a sequence holds more of them. Those of `recovery.carried_segments` are all filled up.
+        answer_weight: Providers passkey, needle and babilong: `recovery.answer_weight` for this source's
+            answers; above 0, `None` for what the recipe says.
+        label_weight: Provider babilong: the same for the one word of an answer that does not follow from the
+            question (a place, a person or an object); `None` for the same as the rest of the answer.
+        answer_kl_weight: Providers passkey, needle and babilong: `recovery.kl_weight` is multiplied by it on
+            this source's answers; 0 where the teacher's own would be wrong, `None` for 1.
         min_sample_tokens: Providers passkey, needle and babilong: least length of a sample. Lengths vary
             between this and the sequence length.
         num_tokens: Provider teacher: tokens to sample. When training needs more, they come round again in
@@ -453,6 +462,10 @@ class DataSource(_Settings):
     needles: int = 1
     tasks: tuple[Literal["qa1", "qa2", "qa3", "qa4", "qa5"], ...] = ("qa1", "qa2", "qa3")
     questions: int = 1
+    noise_shares: tuple[float, float, float] | None = None
+    answer_weight: float | None = None
+    label_weight: float | None = None
+    answer_kl_weight: float | None = None
     min_sample_tokens: int = 96
     num_tokens: int = 32768
     temperature: float = 1.0
@@ -461,7 +474,7 @@ class DataSource(_Settings):
     _OPTIONS: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "text": ("path", "text_field"),
         "hub": ("dataset", "subset", "split", "revision", "text_field"),
-        "passkey": ("min_sample_tokens",),
+        "passkey": ("answer_weight", "answer_kl_weight", "min_sample_tokens"),
         "needle": (
             "path",
             "text_field",
@@ -469,9 +482,21 @@ class DataSource(_Settings):
             "haystacks",
             "num_keys",
             "needles",
+            "answer_weight",
+            "answer_kl_weight",
             "min_sample_tokens",
         ),
-        "babilong": ("path", "text_field", "tasks", "questions", "min_sample_tokens"),
+        "babilong": (
+            "path",
+            "text_field",
+            "tasks",
+            "questions",
+            "noise_shares",
+            "answer_weight",
+            "label_weight",
+            "answer_kl_weight",
+            "min_sample_tokens",
+        ),
         "teacher": ("num_tokens", "temperature", "top_p"),
     }
 
@@ -499,12 +524,14 @@ class DataSource(_Settings):
             "weight",
             "needles",
             "questions",
+            "answer_weight",
+            "label_weight",
             "min_sample_tokens",
             "num_tokens",
             "temperature",
             "top_p",
         )
-        _not_negative(self, "carried_weight")
+        _not_negative(self, "carried_weight", "answer_kl_weight")
         if self.top_p > 1:
             raise _fail("top_p", self.top_p, "it must be at most 1.")
         if self.provider == "text" and not self.paths:
@@ -525,6 +552,8 @@ class DataSource(_Settings):
             raise _fail("needles", self.needles, "it must be at most 40; prose has places for no more.")
         if not self.tasks:
             raise _fail("tasks", [], "name at least one, such as qa2.")
+        if self.noise_shares is not None and (min(self.noise_shares) < 0 or not any(self.noise_shares)):
+            raise _fail("noise_shares", list(self.noise_shares), "none may be below 0, and not all 0.")
 
 
 @dataclass(frozen=True)
@@ -597,7 +626,7 @@ class RecoverySettings(_OptimizerSettings):
     """Stage 2: the whole model is trained end to end on next tokens and on the teacher's logits.
 
     A token's loss counts `answer_weight` if it belongs to the answer of a task sample, `context_weight` if to
-    the rest of one, and 1 in any other text.
+    the rest of one, and 1 in any other text. A data source may say otherwise for its answers.
 
     Args:
         steps: Optimizer steps; 0 skips the stage.
@@ -956,6 +985,12 @@ class Recipe(_Settings):
                     f"data.{i}.min_sample_tokens",
                     source.min_sample_tokens,
                     f"it must be at most sequence_length, which is {self.sequence_length}.",
+                )
+            if source.answer_kl_weight == 0 and self.recovery.cross_entropy_weight == 0:
+                raise _fail(
+                    f"data.{i}.answer_kl_weight",
+                    0.0,
+                    "recovery.cross_entropy_weight is 0 too, which leaves no loss; set one above 0.",
                 )
             hides_in_prose = source.provider == "needle" and "prose" in source.haystacks
             if hides_in_prose and not self.prose_sources(source):

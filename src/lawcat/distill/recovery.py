@@ -91,7 +91,12 @@ class RecoveryModel:
                 module._disable_adapters = False
 
     def losses(
-        self, input_ids: Tensor, loss_weight: Tensor, *, total_weight: Tensor | float
+        self,
+        input_ids: Tensor,
+        loss_weight: Tensor,
+        kl_factor: Tensor | None = None,
+        *,
+        total_weight: Tensor | float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return loss, cross-entropy and KL, each the weighted sum over these tokens divided by
         ``total_weight``.
@@ -99,6 +104,7 @@ class RecoveryModel:
         Args:
             input_ids: Tokens [B, T].
             loss_weight: The weight of predicting each of them [B, T].
+            kl_factor: What the KL of each counts beside that [B, T]; None for 1 everywhere.
             total_weight: The sum of weights of the whole step, over all processes.
         """
         settings = self._settings
@@ -111,6 +117,7 @@ class RecoveryModel:
             loss_weight[:, 1:],
             teacher_hidden=None if teacher_hidden is None else teacher_hidden[:, :-1],
             teacher_head=None if self._teacher is None else self._teacher.lm_head.weight,
+            kl_factors=None if kl_factor is None else kl_factor[:, 1:],
             cross_entropy_weight=settings.cross_entropy_weight,
             kl_weight=settings.kl_weight,
             temperature=settings.kl_temperature,

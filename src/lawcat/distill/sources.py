@@ -10,6 +10,7 @@ import hashlib
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,6 +22,7 @@ from lawcat.distill.sequence import PackedSequence
 from lawcat.distill.text import require_eos, tokenize_documents
 from lawcat.distill.token_cache import fingerprint_of, tokenizer_fingerprint
 from lawcat.errors import DataError, MissingDependencyError, did_you_mean
+from lawcat.tasks import encode_pairs, encode_pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -150,6 +152,15 @@ class WindowSource:
         return {**self._record, "tokens": int(self._ends[-1])}
 
 
+@dataclass(frozen=True)
+class _EncodedSample:
+    """A sample's tokens with EOS, and where its answers, and the labels in them, begin and end."""
+
+    tokens: list[int]
+    answers: list[tuple[int, int]]
+    labels: list[tuple[int, int]]
+
+
 class TaskSource:
     """Task samples of varied length packed into sequences, EOS after each; what is left over counts nothing.
 
@@ -165,6 +176,10 @@ class TaskSource:
         min_sample_tokens: Least length of a sample, EOS included.
         answer_weight: Weight of an answer's tokens and of the EOS after the last.
         context_weight: Weight of a sample's other tokens.
+        answer_kl_factor: `PackedSequence.kl_factor` of an answer's tokens and of that EOS.
+        label_weight: Weight of the tokens of an answer's label, in place of `answer_weight`.
+        find_label: Returns where the label is in an answer's text; None where labels have no weight of their
+            own.
         record: What `describe` returns, without the hash.
 
     Raises:
@@ -182,6 +197,9 @@ class TaskSource:
         min_sample_tokens: int,
         answer_weight: float,
         context_weight: float,
+        answer_kl_factor: float = 1.0,
+        label_weight: float = 1.0,
+        find_label: Callable[[str], tuple[int, int]] | None = None,
         record: dict[str, Any],
     ) -> None:
         self.name = name
@@ -192,6 +210,8 @@ class TaskSource:
         self._seed = seed
         self._least = min_sample_tokens
         self._answer_weight, self._context_weight = answer_weight, context_weight
+        self._answer_kl_factor = answer_kl_factor
+        self._label_weight, self._find_label = label_weight, find_label
         key = {
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "sequence_length": sequence_length,
@@ -215,18 +235,20 @@ class TaskSource:
             room = self._length - used
             if room < self._least:
                 break
-            tokens, answers = self._sample(index, number, rng, room, required=used == 0)
-            if not tokens:
+            sample = self._sample(index, number, rng, room, required=used == 0)
+            if sample is None:
                 break
-            end = used + len(tokens)
-            ids[used:end] = tokens
+            end = used + len(sample.tokens)
+            ids[used:end] = sample.tokens
             weight[used:end] = self._context_weight
-            for first, last in answers:
+            for first, last in sample.answers:
                 weight[used + first : used + last] = self._answer_weight
                 is_answer[used + first : used + last] = True
+            for first, last in sample.labels:
+                weight[used + first : used + last] = self._label_weight
             used = end
         weight[0] = 0.0
-        return PackedSequence(ids, weight, is_answer, self.name)
+        return self._packed(ids, weight, is_answer)
 
     def long_sequence(self, index: int, num_segments: int) -> PackedSequence:
         """Return a single sample as long as all segments, its answers at the very end; only they count.
@@ -235,21 +257,30 @@ class TaskSource:
         """
         length = num_segments * self._length
         rng = random.Random(seed_of(self._seed, "long", index, num_segments))
-        tokens, answers = self._encode(length - 1, seed_of(self._seed, "long", index), rng)
-        front = length - len(tokens)  # a sample fits to within a sentence; the rest is EOS, in front
+        sample = self._encode(length - 1, seed_of(self._seed, "long", index), rng)
+        front = length - len(sample.tokens)  # a sample fits to within a sentence; the rest is EOS, in front
         ids = np.full(length, self._eos, np.int64)
-        ids[front:] = tokens
+        ids[front:] = sample.tokens
+        weight = np.full(length, self._answer_weight, np.float32)
+        for first, last in sample.labels:
+            weight[front + first : front + last] = self._label_weight
         is_answer = np.zeros(length, np.bool_)
-        for first, last in answers:
-            if last == len(tokens) or front + first >= length - self._length:
+        for first, last in sample.answers:
+            if last == len(sample.tokens) or front + first >= length - self._length:
                 is_answer[front + first : front + last] = True
-        weight = np.where(is_answer, np.float32(self._answer_weight), np.float32(0.0))
-        return PackedSequence(ids, weight, is_answer, self.name)
+        weight[~is_answer] = 0.0
+        return self._packed(ids, weight, is_answer)
+
+    def _packed(
+        self, ids: NDArray[np.int64], weight: NDArray[np.float32], is_answer: NDArray[np.bool_]
+    ) -> PackedSequence:
+        kl_factor = np.where(is_answer, np.float32(self._answer_kl_factor), np.float32(1.0))
+        return PackedSequence(ids, weight, is_answer, self.name, kl_factor)
 
     def _sample(
         self, index: int, number: int, rng: random.Random, room: int, *, required: bool
-    ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return a sample's tokens with EOS and where its answers are; none if the room is too small."""
+    ) -> _EncodedSample | None:
+        """Return a sample; none if the room is too small."""
         lengths = [room]
         if rng.random() < 0.5 and room >= 2 * self._least:
             lengths.insert(0, rng.randint(self._least, room - self._least))
@@ -261,24 +292,43 @@ class TaskSource:
                 # may do.
                 if length == room and required:
                     raise
-        return [], []
+        return None
 
-    def _encode(
-        self, max_tokens: int, sample_seed: int, rng: random.Random
-    ) -> tuple[list[int], list[tuple[int, int]]]:
-        from lawcat.tasks import encode_pairs
-
+    def _encode(self, max_tokens: int, sample_seed: int, rng: random.Random) -> _EncodedSample:
         pairs = self._pairs(self._tokenizer, max_tokens, sample_seed, rng)
-        tokens, answers = encode_pairs(self._tokenizer, pairs)
+        labels: list[tuple[int, int]] = []
+        if self._find_label is None:
+            tokens, answers = encode_pairs(self._tokenizer, pairs)
+        else:
+            tokens, answers, labels = _encode_labelled(self._tokenizer, pairs, self._find_label)
         if tokens[-1] != self._eos:
             tokens = [*tokens, self._eos]
         if len(tokens) > max_tokens + 1:
             raise DataError(f"A sample took {len(tokens)} tokens where {max_tokens + 1} were asked for.")
-        return tokens, [*answers[:-1], (answers[-1][0], len(tokens))]
+        if labels:  # not the EOS that a tokenizer itself puts behind a label
+            labels[-1] = (labels[-1][0], min(labels[-1][1], len(tokens) - 1))
+        return _EncodedSample(tokens, [*answers[:-1], (answers[-1][0], len(tokens))], labels)
 
     def describe(self) -> dict[str, Any]:
         """Return the record given, with the hash of everything the samples hang on."""
         return self._record
+
+
+def _encode_labelled(
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[str, str]],
+    find_label: Callable[[str], tuple[int, int]],
+) -> tuple[list[int], list[tuple[int, int]], list[tuple[int, int]]]:
+    """Return what `encode_pairs` returns, and where the tokens of each answer's label are."""
+    pieces: list[str] = []
+    for prompt, answer in pairs:
+        first, last = find_label(answer)
+        pieces += [prompt, answer[:first], answer[first:last], answer[last:]]
+    tokens, ends = encode_pieces(tokenizer, pieces)
+    answers = list(zip(ends[::4], ends[3::4], strict=True))
+    # A token that spans the end of a label counts as the piece's after it; the label has at least one.
+    labels = [(first, max(last, first + 1)) for first, last in zip(ends[1::4], ends[2::4], strict=True)]
+    return tokens, answers, labels
 
 
 class HubSource:

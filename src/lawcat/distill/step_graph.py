@@ -105,7 +105,7 @@ class StepGraphs:
             batch: What the function reads.
             flag: Handed to the function; its work may be another for each of the two.
         """
-        shape = tuple((t.shape, t.dtype) for t in _tensors(batch))
+        shape = tuple((name, t.shape, t.dtype) for name, t in batch.tensors().items())
         backend = choose_backend("auto", self._device.type)
         key = shape, flag, backend
         captured = self._captured.get(key)
@@ -154,8 +154,7 @@ class StepGraphs:
         """Return the tensors that every graph of a shape reads."""
         if shape not in self._inputs:
             # Its values now: what is captured may be looked at, as an index, before the first copy.
-            ids, weight, is_answer = (t.to(self._device, copy=True) for t in _tensors(batch))
-            self._inputs[shape] = Batch(ids, weight, is_answer, batch.sources)
+            self._inputs[shape] = batch.map(lambda tensor: tensor.to(self._device, copy=True))
         return self._inputs[shape]
 
     def _capture(self, key: object, batch: Batch, flag: bool) -> _Captured | None:
@@ -173,17 +172,13 @@ class StepGraphs:
 
 
 def _on_device(batch: Batch, device: torch.device) -> Batch:
-    ids, weight, is_answer = (_pinned(t, device).to(device, non_blocking=True) for t in _tensors(batch))
-    return Batch(ids, weight, is_answer, batch.sources)
+    return batch.map(lambda tensor: _pinned(tensor, device).to(device, non_blocking=True))
 
 
 def _copy(batch: Batch, to: Batch) -> None:
-    for tensor, place in zip(_tensors(batch), _tensors(to), strict=True):
-        place.copy_(_pinned(tensor, place.device), non_blocking=True)
-
-
-def _tensors(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    return batch.input_ids, batch.loss_weight, batch.is_answer
+    places = to.tensors()
+    for name, tensor in batch.tensors().items():
+        places[name].copy_(_pinned(tensor, places[name].device), non_blocking=True)
 
 
 def _pinned(tensor: Tensor, device: torch.device) -> Tensor:

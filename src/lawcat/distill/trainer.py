@@ -114,7 +114,7 @@ class RecoveryStage:
         total_weight = workers.sum(batch.loss_weight[:, 1:].sum())
         with self._penalty.watching():
             loss, cross_entropy, kl = self._recovery.losses(
-                batch.input_ids, batch.loss_weight, total_weight=total_weight
+                batch.input_ids, batch.loss_weight, batch.kl_factor, total_weight=total_weight
             )
             self._backward(loss, workers)
         return {"loss": loss.detach(), "cross_entropy": cross_entropy, "kl": kl}

@@ -10,6 +10,7 @@ from lawcat.tasks.babilong import (
     BABILONG_QA3,
     BABILONG_QA4,
     BABILONG_QA5,
+    babilong_training_label,
     babilong_training_pair,
     babilong_training_pairs,
 )
@@ -36,7 +37,17 @@ from lawcat.tasks.niah import (
 )
 from lawcat.tasks.passkey import PASSKEY, passkey_text, passkey_training_pair
 from lawcat.tasks.recall import ASSOCIATIVE_RECALL, COPY
-from lawcat.tasks.sample import TASKS, Sample, Split, Task, encode_pair, encode_pairs, get_task, held_out
+from lawcat.tasks.sample import (
+    TASKS,
+    Sample,
+    Split,
+    Task,
+    encode_pair,
+    encode_pairs,
+    encode_pieces,
+    get_task,
+    held_out,
+)
 from lawcat.tasks.variable_tracking import VARIABLE_TRACKING
 
 __all__ = [
@@ -63,11 +74,13 @@ __all__ = [
     "Split",
     "Task",
     "TextSource",
+    "babilong_training_label",
     "babilong_training_pair",
     "babilong_training_pairs",
     "builtin_source",
     "encode_pair",
     "encode_pairs",
+    "encode_pieces",
     "file_source",
     "get_task",
     "held_out",

@@ -44,6 +44,8 @@ PROMPT_TOKENS = 300
 TOKENS_A_LINE = 8
 """A length of L holds stories of at most (L - 300) / 8 lines, the question's included."""
 MIN_SENTENCE_TOKENS = 10
+NOISE_SHARES = (4.0, 3.0, 1.0)
+"""How many of the training prompts are filled up with noise, have some, and have none."""
 
 _CUTS = (".", "<context>", "<example>")
 
@@ -226,7 +228,7 @@ def babilong_training_pair(
 ) -> tuple[str, str]:
     """Return a prompt in BABILong's form and its answer for training, of a story that no evaluation makes.
 
-    Half of the prompts are filled up with noise, an eighth have none, and the others have some. No facts with
+    Half of the prompts are filled up with noise, an eighth have none, and the others some. No facts with
     the same question are ever in both, whatever the seeds; the published files are not looked at.
 
     Args:
@@ -260,6 +262,7 @@ def babilong_training_pairs(
     text: str | None = None,
     fill: bool = False,
     questions: int = 1,
+    noise_shares: tuple[float, float, float] = NOISE_SHARES,
 ) -> list[tuple[str, str]]:
     """Return `babilong_training_pair`, and further questions about the same facts with their answers.
 
@@ -277,19 +280,27 @@ def babilong_training_pairs(
         text: See above.
         fill: See above.
         questions: Most questions; at least 1.
+        noise_shares: How many of the prompts are filled up with noise, have some, and have none, relative to
+            one another. Where `fill` is set, all are filled up.
 
     Returns:
         Prompts and answers that follow one another: tokenize them as one text (`encode_pairs`). The first
         prompt is BABILong's, a further one `"\\n\\nQuestion: ..."`.
 
     Raises:
-        ConfigurationError: for another task, or no question.
+        ConfigurationError: for another task, no question, or shares that are not three, or below 0, or all 0.
         DataError: as `babilong_training_pair`.
     """
     check_length(max_tokens)
     choose(qa, BABI_TASKS, "qa")
     if isinstance(questions, bool) or not isinstance(questions, int) or questions < 1:
         raise ConfigurationError(f"questions is {questions!r}; it must be a whole number, at least 1.")
+    if len(noise_shares) != 3 or min(noise_shares) < 0 or not any(noise_shares):
+        raise ConfigurationError(
+            f"noise_shares is {noise_shares!r}; give three numbers, none below 0 and not all 0."
+        )
+    total = sum(noise_shares)
+    filled, noisy = noise_shares[0] / total, (noise_shares[0] + noise_shares[1]) / total
     rng = sample_rng(f"babilong_{qa}", max_tokens, index, seed, "train")
     most_lines = (max_tokens - _shortest_prompt(tokenizer, qa)) // 5
     for _ in range(20):
@@ -307,7 +318,11 @@ def babilong_training_pairs(
             most_lines = len(asked.facts)
             continue
         share = rng.random()
-        noise_tokens = spare if fill or share < 0.5 else round(spare * rng.random()) if share < 0.875 else 0
+        noise_tokens = 0
+        if fill or share < filled:
+            noise_tokens = spare
+        elif share < noisy:
+            noise_tokens = round(spare * rng.random())
         noise = NOISE_SENTENCE if text is None else text
         while noise_tokens > 0:
             context = _scatter(tokenizer, asked.facts, noise, noise_tokens, rng)
@@ -321,6 +336,32 @@ def babilong_training_pairs(
         f"{max_tokens} tokens cannot hold BABILong's prompt of {qa} and a story: the prompt alone takes "
         f"{_shortest_prompt(tokenizer, qa)}. Give at least {_shortest_prompt(tokenizer, qa) + 60} tokens."
     )
+
+
+def babilong_training_label(answer: str) -> tuple[int, int]:
+    """Return where the label is in an answer of `babilong_training_pairs`.
+
+    It is what the story has to be read for: all else in the answer follows from the question.
+
+    Args:
+        answer: The answer.
+
+    Returns:
+        The index of the label's first character, and that after its last.
+
+    Raises:
+        ConfigurationError: for a text that names no label.
+
+    Example:
+        >>> answer = "\\nAnswer: The most recent location of Mary is bathroom."
+        >>> first, last = babilong_training_label(answer)
+        >>> answer[first:last]
+        'bathroom'
+    """
+    found = re.search(r"(\w+)\.?$", answer)
+    if found is None:
+        raise ConfigurationError(f"{answer!r} is no answer of babilong_training_pairs: it ends in no label.")
+    return found.span(1)
 
 
 # What an answer builds on: where whoever carries the object is, and where the object is at last.
@@ -357,7 +398,7 @@ def _count_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, 
 
 
 def _training_answer(qa: BabiTask, asked: _Question) -> str:
-    """Return the answer as the prompt's examples have it, on a line of its own."""
+    """Return the answer as the prompt's examples have it, on a line of its own; the label comes last."""
     words = re.findall(r"\w+", asked.text)
     if qa == "qa1":
         said = f"The most recent location of {words[-1]} is {asked.answer}."

@@ -404,10 +404,36 @@ def encode_pairs(
     Raises:
         DataError: if nothing of an answer is left of its own.
     """
-    prompt, rest = pairs[0][0], pairs[0][1] + "".join(prompt + answer for prompt, answer in pairs[1:])
+    whole, borders = encode_pieces(tokenizer, [piece for pair in pairs for piece in pair])
+    spans = list(zip(borders[::2], borders[1::2], strict=True))
+    for (_, answer), (start, end) in zip(pairs, spans, strict=True):
+        if start >= end:
+            raise DataError(
+                f"The tokenizer gives no tokens for the answer {answer!r}; it cannot be trained on."
+            )
+    return whole, spans
+
+
+def encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Return the tokens of pieces that follow one another, and where each ends.
+
+    All are tokenized as one text. A token that spans a border belongs to the piece after it.
+
+    Args:
+        tokenizer: Any tokenizer of transformers.
+        pieces: At least two. Only the first may be long.
+
+    Returns:
+        Token ids with the special tokens the tokenizer puts in front, and for each piece the index of the
+        token after its last.
+
+    Raises:
+        DataError: if nothing is left for the pieces after the first.
+    """
+    prompt, rest = pieces[0], "".join(pieces[1:])
     whole, first = encode_pair(tokenizer, prompt, rest)
-    if len(pairs) == 1:
-        return whole, [(first, len(whole))]
+    if len(pieces) == 2:
+        return whole, [first, len(whole)]
     # The borders in `rest` are looked for behind the prompt's last line alone, where it leaves the tokens as
     # they are: a long context would be tokenized once for every border.
     front = prompt[prompt.rfind("\n") + 1 :]
@@ -416,17 +442,10 @@ def encode_pairs(
         front, near, near_first = prompt, whole, first
     borders = [first]
     said = front
-    for text in [piece for pair in pairs for piece in pair][1:-1]:
+    for text in pieces[1:-1]:
         said += text
         borders.append(_common_prefix(near, _encode(tokenizer, said)) + first - near_first)
-    borders.append(len(whole))
-    spans = list(zip(borders[::2], borders[1::2], strict=True))
-    for (_, answer), (start, end) in zip(pairs, spans, strict=True):
-        if start >= end:
-            raise DataError(
-                f"The tokenizer gives no tokens for the answer {answer!r}; it cannot be trained on."
-            )
-    return whole, spans
+    return whole, [*borders, len(whole)]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
