@@ -426,8 +426,8 @@ class DataSource(_Settings):
         questions: Provider babilong: most questions about the facts of one sample, each with its answer; 1
             for one alone, as in the evaluation.
         noise_shares: Provider babilong: how many samples are filled up with noise, have some, and have none,
-            relative to one another, as in `[1, 1, 6]`; `None` for 4, 3 and 1. Samples without noise are
-            short, so a sequence holds more of them. Those of `recovery.carried_segments` are all filled up.
+            relative to one another, as in `[1, 1, 6]`; `None` for 4, 3 and 1. Those of
+            `recovery.carried_segments` are all filled up.
         answer_weight: Providers passkey, needle and babilong: `recovery.answer_weight` for this source's
             answers; above 0, `None` for what the recipe says.
         label_weight: Provider babilong: the same for the one word of an answer that does not follow from the
