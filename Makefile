@@ -3,10 +3,12 @@
 # PYTHON   the Python, 3.11 or newer, that makes the virtual environment
 # TORCH    what pip installs for PyTorch; another build: TORCH='torch==2.12.0'
 #          TORCH=system uses the PyTorch that PYTHON has already
+# WORKERS  processes that run the tests; all cores unless given
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 OUT ?= out/demo
+WORKERS ?= auto
 # What comes trained with the package, and how often it and its teacher are asked at 16K tokens: a minute each time.
 SHIPPED := smollm2-135m-longcontext
 SAMPLES_16K ?= 3
@@ -21,7 +23,7 @@ endif
 
 .PHONY: demo test test-gpu test-peers check clean help
 help:
-	@sed -n '1,7p' $(MAKEFILE_LIST)
+	@sed -n '1,8p' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV_OPTIONS) $(VENV)
@@ -51,7 +53,7 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	@$(BIN)/python tests/peers/fetch.py || echo "the peers' test suites could not be fetched; their tests skip"
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # On a machine with an NVIDIA GPU: the kernels on the device, with the shapes that an interpreter cannot do.
 test-gpu: $(VENV)/.test
