@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lawcat.distill.mixture import Mixture, Turns, build_mixture
 from lawcat.distill.recipe import Recipe
-from lawcat.distill.sequence import PackedSequence
+from lawcat.distill.sequence import Batch, PackedSequence
 from lawcat.distill.sources import WindowSource, seed_of, shuffled
 from lawcat.errors import ConfigurationError, DataError, LawcatError, MissingDependencyError
 from lawcat.tasks import held_out, niah_training_pair, passkey_training_pair
@@ -86,10 +86,10 @@ def mixture_of(tmp_path: Path, *data: dict[str, Any], **fields: Any) -> Mixture:
 
 
 def same(a: PackedSequence, b: PackedSequence) -> bool:
-    arrays = zip(
-        (a.input_ids, a.loss_weight, a.is_answer), (b.input_ids, b.loss_weight, b.is_answer), strict=True
+    mine, theirs = Batch.stack([a]), Batch.stack([b])
+    return mine.sources == theirs.sources and all(
+        torch.equal(tensor, theirs.tensors()[name]) for name, tensor in mine.tensors().items()
     )
-    return a.source == b.source and all(np.array_equal(x, y) for x, y in arrays)
 
 
 class Numbers:

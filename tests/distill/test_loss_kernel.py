@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(not support.is_interpreted(), reason="needs Trit
 
 N = 5
 BLOCK = 8
+FACTORS = torch.tensor([0.0, 1.0, 0.3, 4.0, 0.0])
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +37,7 @@ def definition(rows: dict[str, Any], settings: dict[str, float]) -> tuple[Tensor
     if teacher is not None:
         mine, theirs = (F.log_softmax(t.double() / temperature, -1) for t in (logits, teacher))
         kl = weights * temperature**2 * (theirs.exp() * (theirs - mine)).sum(-1)
+        kl = kl * rows.get("kl_factors", 1.0)
     total = settings["cross_entropy_weight"] * cross_entropy + settings["kl_weight"] * kl
     torch.autograd.backward(total.sum())
     assert logits.grad is not None
@@ -61,7 +63,9 @@ def check(
     settings = {"cross_entropy_weight": 0.3, "kl_weight": 2.0, "temperature": 1.5, **given}
     losses, gradient = definition(rows, settings)
     logits = rows["logits"].clone()
-    found = loss_and_gradient(logits, rows["teacher"], rows["targets"], rows["weights"], **settings)
+    found = loss_and_gradient(
+        logits, rows["teacher"], rows["targets"], rows["weights"], rows.get("kl_factors"), **settings
+    )
     assert found.dtype == torch.float32
     assert_near(found, losses, loss_tolerance or 1e-6, "losses")
     assert_near(logits, gradient, tolerance, "gradient")
@@ -72,11 +76,13 @@ def check(
 def test_sizes(vocabulary: int, temperature: float) -> None:
     check(random_rows(vocabulary), 1e-6, temperature=temperature)
     check({**random_rows(vocabulary), "teacher": None}, 1e-6, kl_weight=0.0)
+    check({**random_rows(vocabulary), "kl_factors": FACTORS}, 1e-6, temperature=temperature)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 5e-3), (torch.float16, 6e-4)])
 def test_half_precision_is_rounded_once(dtype: torch.dtype, tolerance: float) -> None:
     check(random_rows(19, dtype), tolerance)
+    check({**random_rows(19, dtype), "kl_factors": FACTORS}, tolerance)
 
 
 def test_logits_far_from_zero_lose_no_digits() -> None:

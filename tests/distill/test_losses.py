@@ -80,7 +80,8 @@ def plainly(given: dict[str, Tensor], ce_weight: float, kl_weight: float, temper
             teacher = (given["teacher_head"] @ given["teacher_hidden"][b, t] / temperature).softmax(-1)
             student = (logits / temperature).softmax(-1)
             divergence = (teacher * (teacher / student).log()).sum()
-            kl = kl + given["weights"][b, t] * divergence * temperature**2
+            factor = given["kl_factors"][b, t] if "kl_factors" in given else 1.0
+            kl = kl + given["weights"][b, t] * factor * divergence * temperature**2
     return [ce_weight * cross_entropy + kl_weight * kl, cross_entropy, kl]
 
 
@@ -118,10 +119,53 @@ def test_values_and_gradients(
     assert not mine["hidden"].grad[mine["weights"] == 0].any()
 
 
-def test_tokens_of_weight_zero_are_not_looked_at(small_pieces: None) -> None:
+def gradients_of(loss: Tensor, given: dict[str, Tensor]) -> list[Tensor]:
+    leaves = [given["hidden"], given["head"]]
+    found = torch.autograd.grad(loss, leaves)
+    return [gradient.detach() for gradient in found]
+
+
+@pytest.mark.parametrize(("ce_weight", "kl_weight", "temperature"), [(0.3, 2.0, 2.5), (0.0, 1.0, 0.5)])
+def test_the_kl_of_a_token_has_a_factor(
+    small_pieces: None, ce_weight: float, kl_weight: float, temperature: float
+) -> None:
+    factors = 3 * torch.rand(B, T, generator=torch.Generator().manual_seed(7))
+    factors[0, 0] = factors[1, 1] = 0.0
+    mine, theirs = inputs() | {"kl_factors": factors}, inputs() | {"kl_factors": factors}
+    found = language_loss(
+        **mine, cross_entropy_weight=ce_weight, kl_weight=kl_weight, temperature=temperature
+    )
+    expected = plainly(theirs, ce_weight, kl_weight, temperature)
+    for value, wanted, name in zip(found, expected, ("loss", "cross-entropy", "KL"), strict=True):
+        assert_near(value, wanted, 1e-5, name, least_scale=1e-3)
+    pairs = zip(gradients_of(found[0], mine), gradients_of(expected[0], theirs), strict=True)
+    for name, (gradient, wanted) in zip(("hidden", "head"), pairs, strict=True):
+        assert_near(gradient, wanted, 1e-5, f"gradient of {name}")
+    without = plainly(inputs(), ce_weight, kl_weight, temperature)
+    assert (expected[2] - without[2]).abs() > 0.1 * without[2]
+
+
+def test_factors_of_one_change_no_bit_and_of_zero_leave_the_cross_entropy(small_pieces: None) -> None:
+    settings = {"cross_entropy_weight": 0.3, "kl_weight": 2.0, "temperature": 2.5}
     given = inputs()
+    plain = language_loss(**given, **settings)
+    ones = language_loss(**given, kl_factors=torch.ones(B, T), **settings)
+    assert [value.item() for value in ones] == [value.item() for value in plain]
+    for one, other in zip(gradients_of(ones[0], given), gradients_of(plain[0], given), strict=True):
+        assert torch.equal(one, other)
+    none = language_loss(**given, kl_factors=torch.zeros(B, T), **settings)
+    alone = language_loss(**given, **(settings | {"kl_weight": 0.0}))
+    assert none[2].item() == 0.0
+    assert_near(none[0], alone[0], 1e-6)
+    for one, other in zip(gradients_of(none[0], given), gradients_of(alone[0], given), strict=True):
+        assert_near(one, other, 1e-6)
+
+
+def test_tokens_of_weight_zero_are_not_looked_at(small_pieces: None) -> None:
+    given = inputs() | {"kl_factors": torch.rand(B, T)}
     expected = [value.detach() for value in language_loss(**given, kl_weight=1.0)]
     ignored = given["weights"] == 0
+    given["kl_factors"][ignored] = torch.nan
     with torch.no_grad():
         given["hidden"][ignored] = torch.nan
         given["teacher_hidden"][ignored] = torch.inf
@@ -204,7 +248,10 @@ def test_the_mean_over_a_batch_does_not_depend_on_its_split(cut: int, seed: int)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("kl_weight", "temperature"), [(0.0, 1.0), (1.0, 1.0), (0.5, 2.0)])
-def test_the_kernel_on_a_gpu(dtype: torch.dtype, kl_weight: float, temperature: float) -> None:
+@pytest.mark.parametrize("has_factors", [False, True])
+def test_the_kernel_on_a_gpu(
+    dtype: torch.dtype, kl_weight: float, temperature: float, has_factors: bool
+) -> None:
     generator = torch.Generator().manual_seed(3)
     tokens, width, vocabulary = 1500, 64, 49152
     weights = torch.rand(1, tokens, generator=generator)
@@ -212,6 +259,8 @@ def test_the_kernel_on_a_gpu(dtype: torch.dtype, kl_weight: float, temperature: 
     head = torch.randn(vocabulary, width, generator=generator) / 2
     states = [torch.randn(1, tokens, width, generator=generator) for _ in range(2)]
     targets = torch.randint(0, vocabulary, (1, tokens), generator=generator)
+    factors = 3 * torch.rand(1, tokens, generator=generator)
+    factors[:, ::5] = 0.0
     found = {}
     for backend in ("torch", "triton"):
         hidden, matrix = (t.cuda().to(dtype).requires_grad_() for t in (states[0], head))
@@ -222,6 +271,7 @@ def test_the_kernel_on_a_gpu(dtype: torch.dtype, kl_weight: float, temperature: 
                 targets.cuda(),
                 weights.cuda(),
                 teacher_hidden=states[1].cuda().to(dtype),
+                kl_factors=factors.cuda() if has_factors else None,
                 kl_weight=kl_weight,
                 temperature=temperature,
             )

@@ -136,6 +136,33 @@ def test_losses_and_gradients(way: str, tied: bool) -> None:
         assert_near(found[name], gradient, 5e-5, name, least_scale=1e-5)
 
 
+@pytest.mark.parametrize("way", ["lora", "all"])
+def test_the_teacher_counts_less_on_some_tokens(way: str) -> None:
+    settings = {"cross_entropy_weight": 0.7, "kl_weight": 0.4} | WAYS[way]
+    recovery = recovery_of(settings)
+    factor = torch.rand(2, 20, generator=torch.Generator().manual_seed(9))
+    factor[0, 3:9] = 0.0
+    loss, cross_entropy, kl = recovery.losses(IDS, WEIGHT, factor, total_weight=5.0)
+    torch.autograd.backward(loss)
+    found = {name: p.grad.clone() for name, p in recovery.student.named_parameters() if p.grad is not None}
+    recovery.student.zero_grad()
+
+    # Whether position t predicts token t + 1 or is token t, its factor is that of the token to come.
+    student, teacher = recovery.student(IDS).logits[:, :-1], tiny_teacher()(IDS).logits[:, :-1].detach()
+    log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
+    divergence = (log_q.exp() * (log_q - log_p)).sum(-1)
+    expected_ce = (WEIGHT[:, 1:] * -log_p.gather(-1, IDS[:, 1:, None])[..., 0]).sum() / 5.0
+    expected_kl = (WEIGHT[:, 1:] * factor[:, 1:] * divergence).sum() / 5.0
+    torch.autograd.backward(0.7 * expected_ce + 0.4 * expected_kl)
+    assert_near(cross_entropy, expected_ce, 1e-5)
+    assert_near(kl, expected_kl, 1e-5)
+    assert_near(loss, 0.7 * expected_ce + 0.4 * expected_kl, 1e-5)
+    for name, parameter in recovery.student.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None
+            assert_near(found[name], parameter.grad, 5e-5, name, least_scale=1e-5)
+
+
 def cut(cache: LawcatCache) -> None:
     """Cut the graph behind a cache."""
     cache._map(Tensor.detach)

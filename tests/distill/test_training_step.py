@@ -11,9 +11,11 @@ import signal
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_runs import TinyRun, assert_same_student, free_port, on_one_processor
@@ -22,10 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from comparison import assert_near
 from lawcat.convert.initialize import cast_teacher_weights, convert, is_new_parameter
-from lawcat.distill import losses, step_graph, trainer
+from lawcat.distill import losses, sources, step_graph, trainer
 from lawcat.distill.recipe import AttentionTransferSettings, RecoverySettings
 from lawcat.distill.recovery import RecoveryModel
-from lawcat.distill.sequence import Batch
+from lawcat.distill.sequence import Batch, PackedSequence
 from lawcat.distill.step_graph import StepGraphs, graphs_for
 from lawcat.distill.trainer import AttentionTransferStage, RecoveryStage, Stage, Workers
 from lawcat.distill.training_log import read_log
@@ -79,7 +81,9 @@ def random_batch(seed: int, rows: int = 2, segments: int = 1) -> Batch:
     ids = random_ids(rows, T * segments, seed=seed)
     weight = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed))
     weight[:, ::5] = 0.0
-    return Batch(ids, weight, torch.zeros(ids.shape, dtype=torch.bool), ("text",) * rows)
+    factor = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed + 1))
+    factor[:, ::3] = 0.0
+    return Batch(ids, weight, torch.zeros(ids.shape, dtype=torch.bool), ("text",) * rows, factor)
 
 
 def batches_of(number: int, count: int = 13) -> list[Batch]:
@@ -260,6 +264,29 @@ def test_what_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert graphs.num_graphs == 2
 
 
+def test_a_replayed_step_reads_the_factors_of_its_batch() -> None:
+    stage, plain = make_stage(2), make_stage(2)
+    batches = [random_batch(seed) for seed in range(5)]
+    step = make_step(stage, is_queued=True, make_graph=Repetition)
+    train(step, batches[:4])
+    train(make_step(plain, is_queued=True), batches[:4])
+    factor = batches[4].kl_factor
+    assert factor is not None
+    twice = replace(batches[4], kl_factor=2 * factor)
+    found = [step(batch, learning_rate_factor=0.0).tensors() for batch in (batches[4], twice)]
+    assert step.num_graphs == 1
+    assert torch.equal(found[0]["cross_entropy"], found[1]["cross_entropy"])
+    assert_near(found[1]["kl"], 2 * found[0]["kl"], 1e-5)
+    # One without is of another kind, and what it measures is what factors of 1 measure.
+    ones = replace(batches[4], kl_factor=torch.ones_like(batches[4].loss_weight))
+    measured = [
+        step(batch, learning_rate_factor=0.0).tensors()
+        for batch in (ones, *[replace(batches[4], kl_factor=None)] * 3)
+    ]
+    assert_same_steps(measured[1:], measured[:1] * 3)
+    assert step.num_graphs == 2
+
+
 def interrupted(error: Exception) -> Callable[..., Any]:
     """Return what, in the place of gradient clipping, stops a step that has its gradients."""
 
@@ -413,16 +440,27 @@ def test_a_queued_run_resumes(run: TinyRun, queued: None) -> None:
     assert [row["step"] for row in rows] == [*range(1, 7), *range(1, 7)]
 
 
+def with_factors(function: Callable[..., PackedSequence]) -> Callable[..., PackedSequence]:
+    """Return a function whose sequences have a factor of KL that differs from token to token."""
+
+    def call(tokens: Any, source: str) -> PackedSequence:
+        return replace(function(tokens, source), kl_factor=(tokens % 3).astype(np.float32))
+
+    return call
+
+
 def test_two_processes_queue_their_steps(run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "TrainingStep", functools.partial(TrainingStep, is_queued=True))
+    monkeypatch.setattr(sources, "_plain_sequence", with_factors(sources._plain_sequence))
     options = {"attention_transfer__steps": 3, "recovery__steps": 3, "recovery__carried_sequences": 2}
     one = run("queued by one", **options).path
     run.in_two_processes(lambda rank: run("queued by two", **options), free_port())
     rows = [read_log(path / "training_log.jsonl") for path in (one, run.place / "queued by two")]
     assert len(rows[0]) == 6
     for mine, theirs in zip(*rows, strict=True):
-        for name in ("loss", "grad_norm", "tokens"):
+        for name in ("loss", "grad_norm", "tokens", *({"kl"} & mine.keys())):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-5), name
+    assert any("kl" in row for row in rows[0])
 
 
 @pytest.mark.parametrize(
