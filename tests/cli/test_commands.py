@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tests.tiny_teachers import save_teacher, write_text
 from typer.testing import CliRunner, Result
 
 from lawcat.cli.app import app
+from lawcat.inference.generation import stream_text
 
 RECIPE = """
 name: tiny
@@ -163,6 +165,24 @@ def test_student_and_adapter_generate_the_same(student: Path) -> None:
     assert [result.exit_code for result in results] == [0, 0], results[0].stderr + results[1].stderr
     assert results[0].stdout == results[1].stdout
     assert results[0].stdout.strip()
+
+
+@pytest.mark.parametrize("which", ["teacher", "student/adapter"])
+def test_generation_with_int8_weights(
+    place: Path, student: Path, which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def stream(model: object, *args: object, **options: object) -> Iterator[str]:
+        seen.append({type(module).__name__ for module in model.modules()})  # type: ignore[attr-defined]
+        yield from stream_text(model, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("lawcat.cli.generate.stream_text", stream)
+    result = run("generate", place / which, "--prompt", "w3 w4 w5", "--max-new-tokens", 4, "--int8")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.strip()
+    assert "Int8Linear" in seen[0]
+    assert "Linear" not in seen[0]
 
 
 @pytest.mark.parametrize("which", ["teacher", "student", "student/adapter"])

@@ -246,13 +246,16 @@ def generate(
     chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template.")] = False,
     device: Device = None,
     dtype: Dtype = "auto",
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Round weights to eight bits: faster on a CPU, less memory.")
+    ] = False,
     base: Base = None,
 ) -> None:
     """Continue a prompt, token by token on standard output."""
     from lawcat.cli.generate import run_generate
 
     run_generate(
-        model, prompt, prompt_file, max_new_tokens, temperature, top_p, seed, chat, device, dtype, base
+        model, prompt, prompt_file, max_new_tokens, temperature, top_p, seed, chat, device, dtype, int8, base
     )
 
 

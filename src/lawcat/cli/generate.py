@@ -10,6 +10,7 @@ from lawcat.cli.evaluate import parse_dtype
 from lawcat.convert.load import load_model
 from lawcat.errors import ConfigurationError, DataError
 from lawcat.inference.generation import stream_text
+from lawcat.inference.int8_weights import use_int8_weights
 
 
 def run_generate(
@@ -23,6 +24,7 @@ def run_generate(
     chat: bool,
     device: str | None,
     dtype: str,
+    int8: bool,
     base: str | None,
 ) -> None:
     """See the command's help."""
@@ -31,6 +33,8 @@ def run_generate(
         loaded = load_model(
             model, dtype=parse_dtype(dtype), device=device, base=base, progress=display.message
         )
+        if int8:
+            use_int8_weights(loaded.model)
     pieces = stream_text(
         loaded.model,
         loaded.tokenizer,

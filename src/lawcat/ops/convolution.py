@@ -49,11 +49,13 @@ def causal_conv1d(x: Tensor, weight: Tensor, initial_state: Tensor | None = None
             )
         before = initial_state.transpose(1, 2).to(x.dtype)
     extended = torch.cat([before, x], dim=1)  # [B, K-1+T, C]
+    state = extended[:, tokens:].transpose(1, 2).contiguous()  # [B, C, K-1]
     # Shifted products in the layout the projections give: F.conv1d would need a transposition to [B, C, T].
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    extended, weight = extended.to(dtype), weight.to(dtype)
     y = extended[:, taps - 1 :] * weight[:, taps - 1]
     for tap in range(taps - 1):
-        y.addcmul_(extended[:, tap : tap + tokens].to(y.dtype), weight[:, tap].to(y.dtype))
-    state = extended[:, tokens:].transpose(1, 2).contiguous()  # [B, C, K-1]
+        y.addcmul_(extended[:, tap : tap + tokens], weight[:, tap])
     return y, state
 
 

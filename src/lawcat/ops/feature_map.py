@@ -27,7 +27,11 @@ def hedgehog_feature_map(u: Tensor, weight: Tensor) -> Tensor:
     """
     num_heads, head_dim, half = weight.shape
     batch, tokens, heads = u.shape[:3]
+    # Head by head, which is how the chunked form reads them: the last line copies nothing, but for several
+    # query heads a state head in several sequences.
     grouped = at_least_float32(u).reshape(batch, tokens, num_heads, heads // num_heads, head_dim)
-    projected = torch.einsum("btgrd,gdf->btgrf", grouped, at_least_float32(weight))
+    grouped = grouped.permute(2, 0, 3, 1, 4).reshape(num_heads, -1, head_dim)
+    projected = torch.bmm(grouped, at_least_float32(weight))  # [N, B * R * T, F/2]
     features = torch.cat([projected.softmax(-1), (-projected).softmax(-1)], dim=-1)
+    features = features.view(num_heads, batch, heads // num_heads, tokens, 2 * half).permute(1, 3, 0, 2, 4)
     return features.reshape(batch, tokens, heads, 2 * half)
