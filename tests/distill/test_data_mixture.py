@@ -86,7 +86,10 @@ def mixture_of(tmp_path: Path, *data: dict[str, Any], **fields: Any) -> Mixture:
 
 
 def same(a: PackedSequence, b: PackedSequence) -> bool:
-    mine, theirs = Batch.stack([a]), Batch.stack([b])
+    return same_batch(Batch.stack([a]), Batch.stack([b]))
+
+
+def same_batch(mine: Batch, theirs: Batch) -> bool:
     return mine.sources == theirs.sources and all(
         torch.equal(tensor, theirs.tensors()[name]) for name, tensor in mine.tensors().items()
     )
@@ -283,7 +286,7 @@ def test_needles_lie_in_every_haystack_asked_for(tmp_path: Path, tokenizer: Any,
 def three_sources(prose: Path) -> list[dict[str, Any]]:
     return [
         {"provider": "text", "path": str(prose), "weight": 2},
-        {"provider": "passkey"},
+        {"provider": "passkey", "answer_kl_weight": 0.5},
         {"provider": "needle", "min_sample_tokens": 120},
     ]
 
@@ -298,8 +301,9 @@ def test_random_access_equals_sequential(tmp_path: Path, prose: Path) -> None:
 def test_a_batch_shared_by_two_processes_is_the_same_batch(tmp_path: Path, prose: Path) -> None:
     whole = mixture_of(tmp_path, *three_sources(prose)).batch(4, 8)
     parts = [mixture_of(tmp_path, *three_sources(prose)).batch(4 + 4 * rank, 4) for rank in range(2)]
-    for name in ("input_ids", "loss_weight", "is_answer"):
-        assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))
+    assert whole.tensors().keys() == {"input_ids", "loss_weight", "is_answer", "kl_factor"}
+    for name, tensor in whole.tensors().items():
+        assert torch.equal(tensor, torch.cat([part.tensors()[name] for part in parts]))
     assert whole.sources == parts[0].sources + parts[1].sources
     assert (whole.input_ids.dtype, whole.loss_weight.dtype) == (torch.int64, torch.float32)
     assert whole.is_answer.dtype == torch.bool
@@ -313,9 +317,7 @@ def test_batches_made_ahead_are_the_same(tmp_path: Path, prose: Path) -> None:
     assert [tuple(batch.input_ids.shape) for batch in ahead] == [(3, 192), (1, 768), (3, 384), (3, 192)]
     for request, batch in zip(requests, ahead, strict=True):
         expected = other.batch(*request)
-        assert torch.equal(batch.input_ids, expected.input_ids)
-        assert torch.equal(batch.loss_weight, expected.loss_weight)
-        assert batch.sources == expected.sources
+        assert same_batch(batch, expected)
     assert list(one.batches([])) == []
 
 
@@ -405,7 +407,7 @@ def test_long_task_samples_end_in_their_answer(
 
 def digest_of(mixture: Mixture) -> str:
     batch = mixture.batch(0, 8)
-    content = batch.input_ids.numpy().tobytes() + batch.loss_weight.numpy().tobytes()
+    content = b"".join(tensor.numpy().tobytes() for tensor in batch.tensors().values())
     return hashlib.sha256(content + json.dumps(mixture.describe()).encode()).hexdigest()
 
 

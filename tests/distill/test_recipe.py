@@ -47,7 +47,22 @@ def sources() -> st.SearchStrategy[DataSource]:
             split=texts,
             **common,
         ),
-        st.builds(DataSource, provider=st.just("passkey"), min_sample_tokens=st.integers(1, 16), **common),
+        st.builds(
+            DataSource,
+            provider=st.just("passkey"),
+            answer_weight=st.none() | positive,
+            answer_kl_weight=st.none() | st.floats(0, 9),
+            min_sample_tokens=st.integers(1, 16),
+            **common,
+        ),
+        st.builds(
+            DataSource,
+            provider=st.just("babilong"),
+            noise_shares=st.none() | st.tuples(positive, positive, st.just(0.0)),
+            label_weight=st.none() | positive,
+            min_sample_tokens=st.integers(1, 16),
+            **common,
+        ),
         st.builds(
             DataSource,
             provider=st.just("needle"),

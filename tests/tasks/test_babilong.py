@@ -17,6 +17,7 @@ from lawcat.errors import ConfigurationError, DataError
 from lawcat.tasks import (
     Sample,
     TextSource,
+    babilong_training_label,
     babilong_training_pair,
     babilong_training_pairs,
     builtin_source,
@@ -384,6 +385,59 @@ def test_training_pairs_filled_up_or_with_little_room(tokenizer):
         babilong_training_pair(tokenizer, 100, 0, 0, qa="qa1")
     with pytest.raises(ConfigurationError, match=r"qa is 'qa6'"):
         babilong_training_pair(tokenizer, 900, 0, 0, qa="qa6")
+
+
+@pytest.mark.parametrize("qa", BABI_TASKS)
+def test_the_label_of_a_training_answer(tokenizer, qa):
+    for index in range(6):
+        for prompt, answer in babilong_training_pairs(tokenizer, 1000, index, 4, qa=qa, questions=6):
+            first, last = babilong_training_label(answer)
+            question = prompt.rsplit("Question: ", 1)[1]
+            # All before it follows from the question; nothing but a full stop comes after it.
+            assert answer[first:last] in get_task(f"babilong_{qa}").labels or qa == "qa5"
+            assert answer[first:last].lower() not in question.lower()
+            assert answer[last:] in ("", ".")
+            assert re.match(r"\nAnswer: ", answer[:first])
+            words = re.findall(r"\w+", answer[9:first].lower())
+            said = {"the", "is", "in", "before", "was", "most", "recent", "location", "of"}
+            assert {*words} <= {*re.findall(r"\w+", question.lower()), *said}
+
+
+def test_no_label():
+    for text in ("", "\nAnswer: ", "office!"):
+        with pytest.raises(ConfigurationError, match="is no answer of babilong_training_pairs"):
+            babilong_training_label(text)
+
+
+def test_shares_of_noise(tokenizer):
+    def of(shares, tokens=900, **options):
+        made = [
+            babilong_training_pairs(tokenizer, tokens, i, 0, qa="qa1", noise_shares=shares, **options)[0]
+            for i in range(40)
+        ]
+        plain = [context_of(prompt) == " ".join(facts_in(context_of(prompt))) for prompt, _ in made]
+        full = [len(tokenizer(prompt + answer).input_ids) > tokens - 10 for prompt, answer in made]
+        return made, sum(plain), sum(full)
+
+    assert of((0, 0, 1))[1:] == (40, 0)
+    assert of((2, 0, 0))[1:] == (0, 40)
+    _, plain, full = of((0, 1, 0))
+    assert plain < 8
+    assert full < 8
+    _, plain, full = of((1, 1, 6))
+    assert 20 <= plain < 40
+    # Whatever the shares: the same stories, and all filled up where that is asked for.
+    first, second = of((8, 6, 2))[0], of((0, 0, 1))[0]
+    assert (
+        first
+        == of((4, 3, 1))[0]
+        == [babilong_training_pair(tokenizer, 900, i, 0, qa="qa1") for i in range(40)]
+    )
+    assert [facts_in(context_of(one)) for one, _ in first] == [facts_in(context_of(one)) for one, _ in second]
+    assert of((0, 0, 1), fill=True)[1:] == (0, 40)
+    for shares in ((), (1, 1), (0, 0, 0), (1, -1, 1)):
+        with pytest.raises(ConfigurationError, match=r"noise_shares is .*; give three numbers, none below 0"):
+            babilong_training_pairs(tokenizer, 900, 0, 0, qa="qa1", noise_shares=shares)
 
 
 def test_one_question_a_story_is_as_ever():

@@ -1,6 +1,7 @@
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lawcat.errors import ConfigurationError, DataError
-from lawcat.tasks import TASKS, encode_pair, encode_pairs, get_task, held_out
+from lawcat.tasks import TASKS, encode_pair, encode_pairs, encode_pieces, get_task, held_out
 from lawcat.tasks.sample import count_tokens, draw, fit_units, sample_rng
 
 
@@ -109,6 +110,37 @@ def tokenizer_of(pattern, shift=lambda text: 0):
         return SimpleNamespace(input_ids=[hash(piece) + shift(text) for piece in found])
 
     return call, given
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "mistral"])
+def test_encode_pieces_tells_where_each_ends(request, name):
+    tokenizer = request.getfixturevalue(name)
+    pieces = ["One\nWhere is it?", "\nAnswer: The ", "7", " is", "", " here."]
+    tokens, ends = encode_pieces(tokenizer, pieces)
+    assert tokens == tokenizer("".join(pieces)).input_ids
+    found = [tokenizer.decode(tokens[a:b]) for a, b in pairwise(ends)]
+    assert [piece.strip() for piece in found] == [piece.strip() for piece in pieces[1:]]
+    assert ends[-1] == len(tokens)
+    assert (tokens, ends[0]) == encode_pair(tokenizer, pieces[0], "".join(pieces[1:]))
+    with pytest.raises(DataError, match="no tokens for the answer"):
+        encode_pieces(tokenizer, ["One", ""])
+
+
+def test_a_token_across_a_border_is_of_the_piece_after_it():
+    pieces = ["Ask:", " The ", "hall", ".\n\nA", "nd:", " 2."]
+    pattern = r"\.\n\n|And|: | hall|[Tt]he|."
+    call, _ = tokenizer_of(pattern)
+    tokens, ends = encode_pieces(call, pieces)
+    found = re.findall(pattern, "".join(pieces), re.DOTALL)
+    assert tokens == [hash(piece) for piece in found]
+    assert [found[a:b] for a, b in zip([0, *ends], ends, strict=False)] == [
+        ["A", "s", "k"],
+        [": ", "The"],
+        [" hall"],
+        [".\n\n"],
+        ["And"],
+        [": ", "2", "."],
+    ]
 
 
 def test_a_token_across_the_end_of_an_answer_is_not_of_it():
