@@ -257,6 +257,16 @@ def test_labels_word_for_word(tmp_path: Path, noise: Path) -> None:
     assert [label.strip() for label in labels_of(sequence)[-len(found) :]] == found
 
 
+def test_an_eos_that_the_tokenizer_puts_there_is_not_of_the_label(tmp_path: Path) -> None:
+    tokenizer = ByT5Tokenizer()
+    data = {"provider": "babilong", "tasks": ["qa4"], "label_weight": 64, "min_sample_tokens": 1200}
+    sequence = build_mixture(recipe_of(data, sequence_length=1800), tokenizer, cache_dir=tmp_path).sequence(0)
+    (first, last), *_ = runs_of(sequence.loss_weight == 64)
+    assert re.fullmatch(r"[a-z]+", tokenizer.decode(sequence.input_ids[first:last]))
+    assert sequence.input_ids[last] == tokenizer.eos_token_id
+    assert sequence.loss_weight[last] == 8.0
+
+
 class Pieces:
     """A tokenizer with one token for each match of a pattern."""
 
