@@ -84,6 +84,13 @@ def test_no_heads(form) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_dtypes_without_arithmetic(form, dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=f"log_decay is {dtype}; it must be one of torch.bfloat16, "):
+        call(form, zeros() | {"log_decay": torch.zeros(SHAPES["log_decay"]).to(dtype)})
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_two_devices(form) -> None:
     tensors = zeros()
     tensors["v"] = tensors["v"].to("meta")

@@ -58,6 +58,11 @@ def call(**changes: object) -> None:
         ({"boundaries": (0, 4, 3, 5)}, "must rise"),
         ({"boundaries": (0, 4, 4, 5)}, "must rise"),
         ({"eps": 0.0}, "eps=0.0 must be above 0"),
+        (
+            {"v": torch.ones(1, 5, 2, 16, dtype=torch.int64)},
+            "v is torch.int64; it must be one of torch.bfloat16, torch.float16, torch.float32, torch.float64",
+        ),
+        ({"map_weight": torch.ones(4, 16, 8, dtype=torch.int8)}, "map_weight is torch.int8"),
         ({"backend": "tritn"}, "Did you mean 'triton'"),
     ],
     ids=str,
@@ -65,6 +70,38 @@ def call(**changes: object) -> None:
 def test_what_does_not_fit(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(**changes)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(
+    ("lowest", "highest", "message"),
+    [
+        (-1.0, 0.01, "log_decay holds 0.01; .* it must be at most 0"),
+        (-2.6, 0.0, "gate holds log-decays down to -2.6, below min_log_decay=-2.5; clamp them"),
+    ],
+)
+def test_log_decays_out_of_range(backend: str, lowest: float, highest: float, message: str) -> None:
+    gate = torch.linspace(lowest, highest, 5 * 2 * 16).view(1, 5, 2, 16)
+    call(gate=gate)  # logits may be anything
+    with pytest.raises(ValueError, match=message):
+        call(gate=gate, gate_is_logit=False, backend=backend)
+
+
+def test_a_bound_that_the_dtype_rounds_down_is_kept() -> None:
+    gate = torch.full((1, 5, 2, 16), -2.305).bfloat16()
+    assert gate.float().min() < -2.305
+    call(gate=gate, gate_is_logit=False, min_log_decay=-2.305)
+
+
+def test_without_a_gate_nothing_is_forgotten() -> None:
+    tensors = MixerCase(33, heads=4, kv_heads=2, state_heads=4).tensors()
+    found = linear_attention_mixer(**(tensors | {"gate": None}))
+    zeros = torch.zeros(1, 33, 2, 1)
+    expected = linear_attention_mixer(**(tensors | {"gate": zeros}), gate_is_logit=False)
+    for one, other in zip(found, expected, strict=True):
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other)
 
 
 def test_the_operator_is_part_of_it() -> None:

@@ -166,12 +166,11 @@ class LawcatAttention(nn.Module):
                 q,  # [B, T, H, D]
                 k,  # [B, T, G, D]; (2) k, v and the gate are repeated to the state heads N
                 v,  # [B, T, G, D]
-                x.new_zeros(*k.shape[:3], 1, dtype=torch.float32) if logits is None else logits,
+                logits,  # no decay when None
                 q_taps=q_taps,  # (3) u_t = sum_i taps[i] q_{t - K + 1 + i}, and the same of k
                 k_taps=k_taps,
                 map_weight=self.feature_map.weight,  # (4) phi(u) = [softmax(u W) ; softmax(-u W)]
-                gate_is_logit=logits is not None,  # (5) log a_t = logsigmoid(gate_t) / 16, bounded
-                gate_divisor=config.gate_divisor,
+                gate_divisor=config.gate_divisor,  # (5) log a_t = logsigmoid(gate_t) / 16, bounded
                 min_log_decay=config.min_log_decay,
                 normalize=config.use_normalizer,  # (6) S_t = a_t S_{t-1} + phi(k_t) [v_t, 1]
                 eps=config.normalizer_eps,  #         [n_t, z_t] = phi(q_t) S_t;  o_t = n_t / (z_t + eps)

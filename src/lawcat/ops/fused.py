@@ -16,7 +16,7 @@ from .convolution import causal_conv1d_of_heads
 from .decay import log_decay_of
 from .feature_map import hedgehog_feature_map
 from .precision import without_autocast
-from .shapes import check_eps, check_shapes, repeat_heads
+from .shapes import check_dtypes, check_eps, check_log_decay, check_shapes, repeat_heads
 from .triton import support
 
 MixerResult = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -26,7 +26,7 @@ def linear_attention_mixer(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     map_weight: Tensor,
     *,
     q_taps: Tensor | None = None,
@@ -53,13 +53,13 @@ def linear_attention_mixer(
         q: [B, T, H, D], as projected.
         k: [B, T, G, D].
         v: [B, T, G, D].
-        gate: Logits [B, T, G, F or 1], or log-decays with ``gate_is_logit=False``.
+        gate: Logits [B, T, G, F or 1], or log-decays with ``gate_is_logit=False``; no decay when None.
         map_weight: [N, D, F / 2]; N is H for a state a query head or G for one a kv head.
         q_taps: Filters of q [H * D, K]; no convolution when None.
         k_taps: Filters of k [N * D, K].
         gate_is_logit: ``log a = max(logsigmoid(gate) / gate_divisor, min_log_decay)``, else ``log a = gate``.
         gate_divisor: See above.
-        min_log_decay: See above; log-decays that are given must not be below it.
+        min_log_decay: See above; log-decays that are given must lie between it and 0.
         initial_state: State before the first token [S, N, F, D + 1], S sequences; zeros when None.
         q_inputs: Inputs of q's convolution before the first token [S, H * D, K - 1]; zeros when None.
         k_inputs: The same of k [S, N * D, K - 1].
@@ -77,7 +77,8 @@ def linear_attention_mixer(
 
     Raises:
         BackendError: a ``ValueError``, when the backend does not exist.
-        ValueError: when shapes do not fit together.
+        ValueError: when shapes, dtypes or devices do not fit together, or a log-decay that is given is above
+            0 or below ``min_log_decay`` (not looked for while a CUDA graph is captured, or compiled).
 
     Source: section 3 of LAWCAT (arXiv 2509.18467).
 
@@ -88,9 +89,14 @@ def linear_attention_mixer(
         >>> o.shape, state.shape
         (torch.Size([1, 5, 4, 8]), torch.Size([1, 4, 8, 9]))
     """
+    has_gate = gate is not None
+    if gate is None:
+        gate, gate_is_logit = q.new_zeros(*k.shape[:3], 1, dtype=torch.float32), False
     _check(
         q, k, v, gate, map_weight, q_taps, k_taps, initial_state, q_inputs, k_inputs, mask, boundaries, eps
     )
+    if has_gate and not gate_is_logit:
+        _check_range(gate, min_log_decay)
     name = choose_backend(backend, q.device.type)
     if name == "triton" and q.numel():
         unsupported = support.unsupported_because(
@@ -192,7 +198,27 @@ def _check(
         raise ValueError("q_taps and k_taps come together: give both or none.")
     if (q_inputs is None) != (k_inputs is None):
         raise ValueError("q_inputs and k_inputs come together: give both or none.")
+    check_dtypes({
+        "q": q, "k": k, "v": v, "gate": gate, "map_weight": map_weight, "q_taps": q_taps, "k_taps": k_taps,
+        "initial_state": initial_state, "q_inputs": q_inputs, "k_inputs": k_inputs,
+    })  # fmt: skip
     check_eps(eps)
+
+
+def _check_range(log_decay: Tensor, min_log_decay: float) -> None:
+    """Raise ``ValueError`` where log-decays are not between their bound and 0."""
+    if torch.compiler.is_compiling() or not log_decay.numel():
+        return
+    if log_decay.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    lowest, highest = (bound.item() for bound in torch.aminmax(log_decay.detach()))
+    check_log_decay(highest)
+    # A bound that the dtype cannot hold may have been rounded down.
+    if lowest < min_log_decay * (1 + torch.finfo(log_decay.dtype).eps):
+        raise ValueError(
+            f"gate holds log-decays down to {lowest:.3g}, below min_log_decay={min_log_decay:.3g}; clamp "
+            "them or give a lower bound."
+        )
 
 
 def _run_kernels(

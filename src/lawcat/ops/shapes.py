@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_attention_inputs(
@@ -53,6 +56,7 @@ def check_attention_inputs(
     if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"the tensors are on different devices: {names}; move them to one.")
+    check_dtypes({"q": q, "k": k, "v": v, "log_decay": log_decay, "initial_state": initial_state})
     check_eps(eps)
 
 
@@ -60,6 +64,14 @@ def check_eps(eps: float) -> None:
     """Raise ``ValueError`` if what is added to the normaliser is not above 0."""
     if eps <= 0:
         raise ValueError(f"eps={eps} must be above 0: the normaliser it is added to may be 0.")
+
+
+def check_dtypes(tensors: Mapping[str, Tensor | None]) -> None:
+    """Raise ``ValueError`` where a tensor's dtype is none to calculate in: integers would be cut off."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in _DTYPES:
+            allowed = ", ".join(str(dtype) for dtype in _DTYPES)
+            raise ValueError(f"{name} is {tensor.dtype}; it must be one of {allowed}.")
 
 
 def check_shapes(q: Tensor, expected: Mapping[str, tuple[Tensor | None, tuple[int | None, ...]]]) -> None:
