@@ -23,6 +23,21 @@ def test_one_graph() -> None:
         assert_near(compiled(tokens, ours), read(tokens, theirs), 1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@torch.no_grad()
+def test_a_trace_keeps_the_mask_where_it_saw_ones() -> None:
+    model = model_of(VARIANTS["paper"] | {"num_hidden_layers": 1}, torch.float32)
+
+    def read(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return model(tokens, attention_mask=mask, use_cache=False).logits
+
+    tokens = random_tokens(2, 20)
+    padded = torch.ones_like(tokens)
+    traced = torch.jit.trace(read, (tokens, padded.clone()), check_trace=False)
+    padded[0, :7] = 0
+    assert_near(traced(tokens, padded)[0, 7:], read(tokens, padded)[0, 7:], 1e-5)
+
+
 @pytest.mark.parametrize("name", ["paper", "very strong bound"])
 def test_one_graph_with_gradients(name: str) -> None:
     """Also where a decay may be too strong for factors, which eager code finds out by looking."""
