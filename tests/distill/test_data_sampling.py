@@ -123,6 +123,38 @@ def test_an_interrupted_sampling_goes_on(
     assert calls == 4  # three batches, one of them twice
 
 
+def test_a_batch_too_large_for_memory_is_sampled_in_parts(
+    tmp_path: Path, teacher: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, sizes = sampling._sample_batch, []
+
+    def short_of_memory(model: Any, start: int, batch: int, *others: Any) -> Any:
+        sizes.append(batch)
+        if batch > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, start, batch, *others)
+
+    monkeypatch.setattr(sampling, "_sample_batch", short_of_memory)
+    tokens = sample(teacher, tokenizer, tmp_path, batch=5)
+    assert sizes == [5, 2, 3, 1, 2]
+    rows = [tokens[i : i + ROW] for i in range(0, len(tokens), ROW)]
+    assert len(rows) == 5
+    assert all(row[0] == 1 for row in rows)
+    assert len({tuple(row) for row in rows}) == 5  # each part has a seed of its own
+    assert sample(forbidden, tokenizer, tmp_path, batch=5) == tokens
+
+
+def test_a_sequence_too_large_for_memory(
+    tmp_path: Path, teacher: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short_of_memory(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(sampling, "_sample_batch", short_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        sample(teacher, tokenizer, tmp_path)
+
+
 def test_a_damaged_batch_is_sampled_again(tmp_path: Path, teacher: Any, tokenizer: Any) -> None:
     expected = sample(teacher, tokenizer, tmp_path)
     second = sorted(tmp_path.rglob("*.npy"))[1]

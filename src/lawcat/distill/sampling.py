@@ -24,6 +24,7 @@ from lawcat.distill.text import Progress, require_eos
 from lawcat.distill.token_cache import fingerprint_of, load_tokens, save_tokens, token_dtype
 from lawcat.errors import TeacherError
 from lawcat.files import write_atomic
+from lawcat.memory import free_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,8 +71,9 @@ def sample_teacher_text(
     it: the teacher goes on after it, as it saw documents follow one another in pretraining.
 
     Batches are sampled and kept one by one, each from a seed of its own: an interrupted call goes on where it
-    was, and a later one for more tokens takes what is there. On another device, or with another number of
-    threads, the same seed can give other text, because logits differ in their last bits.
+    was, and a later one for more tokens, of as many sequences at once, takes what is there. On another device,
+    with another number of threads, or where a batch is sampled in parts since memory ran short, the same seed
+    can give other text.
 
     Args:
         teacher: The model, or a function that returns it.
@@ -135,7 +137,7 @@ def sample_teacher_text(
                     sampler = _in_precision(model, precision, folder)
                 report = _reporter(progress, i, num_chunks, batch, sequence_tokens)
                 seed_of_chunk = int(fingerprint_of(seed=seed, chunk=i)[:15], 16)
-                sampled = _sample_batch(
+                sampled = _sample_in_parts(
                     sampler, start, batch, sequence_tokens, seed_of_chunk, temperature, top_p, report
                 )
                 chunk = sampled.astype(dtype)
@@ -215,6 +217,35 @@ class _PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
         self.used = end
         self.keys, self.values = self.key_memory[:, :, :end], self.value_memory[:, :, :end]
         return self.keys, self.values
+
+
+def _sample_in_parts(
+    model: nn.Module,
+    start: int,
+    batch: int,
+    sequence_tokens: int,
+    seed: int,
+    temperature: float,
+    top_p: float,
+    report: Callable[[int], None],
+) -> NDArray[np.int64]:
+    """As ``_sample_batch``, in two halves where the keys and values of all sequences find no room."""
+    try:
+        return _sample_batch(model, start, batch, sequence_tokens, seed, temperature, top_p, report)
+    except torch.OutOfMemoryError:
+        if batch == 1:
+            raise
+    # Not while the error is handled, which holds on to what was allocated.
+    free_memory()
+    first = batch // 2
+    sizes = ((first, fingerprint_of(seed=seed, half=0)), (batch - first, fingerprint_of(seed=seed, half=1)))
+    halves = [
+        _sample_in_parts(
+            model, start, size, sequence_tokens, int(own_seed[:15], 16), temperature, top_p, report
+        )
+        for size, own_seed in sizes
+    ]
+    return np.concatenate(halves)
 
 
 def _sample_batch(
