@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from model_variants import VARIANTS, model_of, random_tokens
@@ -26,7 +28,8 @@ def test_one_graph() -> None:
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 @torch.no_grad()
 def test_a_trace_keeps_the_mask_where_it_saw_ones() -> None:
-    model = model_of(VARIANTS["paper"] | {"num_hidden_layers": 1}, torch.float32)
+    model = copy.deepcopy(model_of(VARIANTS["paper"] | {"num_hidden_layers": 1}, torch.float32))
+    model.requires_grad_(False)
 
     def read(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return model(tokens, attention_mask=mask, use_cache=False).logits

@@ -71,8 +71,8 @@ def sample_teacher_text(
     it: the teacher goes on after it, as it saw documents follow one another in pretraining.
 
     Batches are sampled and kept one by one, each from a seed of its own: an interrupted call goes on where it
-    was, and a later one for more tokens, of as many sequences at once, takes what is there. On another device,
-    with another number of threads, or where a batch is sampled in parts since memory ran short, the same seed
+    was, and a later one for more tokens takes what is there, if its batches are as large. On another device,
+    with another number of threads, or where memory runs short and a batch is sampled in parts, the same seed
     can give other text.
 
     Args:

@@ -277,7 +277,8 @@ class LawcatModel(LawcatPreTrainedModel):
         """
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.config.sliding_window is not None:
             return False
-        if torch.jit.is_tracing():  # what is traced would leave out any mask, once it has seen ones
+        # What is traced would leave out any mask, once it has seen ones.
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return False
         device = inputs_embeds.device.type
         if device == "cpu":
