@@ -68,6 +68,7 @@ def test_state_heads(state_heads: str, expected: int) -> None:
         ({"feature_dim": 0}, "feature_dim=0 must be an even number"),
         ({"feature_dim": 18}, "feature_dim=18 is more than twice head_dim=8"),
         ({"conv_kernel_size": 1}, "conv_kernel_size=1 must be at least 2; .* use_conv=False"),
+        ({"conv_init_std": -0.1}, "conv_init_std=-0.1 must be at least 0"),
         ({"gate_rank": 0}, "gate_rank=0 must be at least 1; .* gate='none'"),
         ({"normalizer_eps": 0.0}, "normalizer_eps=0.0 must be above 0"),
         ({"gate_divisor": -1.0}, "gate_divisor=-1.0 must be above 0"),

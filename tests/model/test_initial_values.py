@@ -8,9 +8,11 @@ import pytest
 import torch
 from model_variants import random_tokens
 from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from comparison import assert_near
 from lawcat import LawcatForCausalLM
+from lawcat.convert.initialize import convert
 from small_models import make_model
 
 
@@ -26,6 +28,22 @@ def test_convolutions(taps: int) -> None:
     for module in (attention.q_conv, attention.k_conv):
         assert (module.weight[:, -1] == 1.0).all()
         assert (module.weight[:, :-1] == 0.001).all()
+
+
+def test_convolutions_that_start_across_tokens() -> None:
+    weight = first_attention(conv_init_std=0.3, hidden_size=512, head_dim=128).q_conv.weight
+    assert (weight[:, -1] == 1.0).all()
+    assert 0.27 < weight[:, :-1].std().item() < 0.33
+    assert weight[:, :-1].mean().abs().item() < 0.03
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}
+    teachers = [LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape)) for _ in range(3)]
+    students = [
+        convert(teacher, conv_init_std=0.3, seed=seed)[0]
+        for teacher, seed in zip(teachers, (0, 0, 1), strict=True)
+    ]
+    first, again, other = (s.attention_modules()[0].k_conv.weight for s in students)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 def test_a_filter_a_kv_head() -> None:

@@ -331,6 +331,7 @@ class ModelSettings(_Settings):
         feature_dim: As in `LawcatConfig`, and so all below.
         use_conv: Convolution on q and k.
         conv_kernel_size: Its taps.
+        conv_init_std: Where those of preceding tokens start.
         use_normalizer: Divide by the decayed sum of weights.
         normalizer_eps: Added to that sum.
         gate: `"channel"`, `"head"` or `"none"`.
@@ -353,6 +354,7 @@ class ModelSettings(_Settings):
     feature_dim: int | None = None
     use_conv: bool | None = None
     conv_kernel_size: int | None = None
+    conv_init_std: float | None = None
     use_normalizer: bool | None = None
     normalizer_eps: float | None = None
     gate: str | None = None

@@ -67,8 +67,9 @@ class LawcatAttention(nn.Module):
         if not self.is_linear:
             return
         if config.use_conv:
-            self.q_conv = CausalConvolution(self.num_heads, self.head_dim, config.conv_kernel_size)
-            self.k_conv = CausalConvolution(self.num_state_heads, self.head_dim, config.conv_kernel_size)
+            filters = self.head_dim, config.conv_kernel_size, config.conv_init_std
+            self.q_conv = CausalConvolution(self.num_heads, *filters)
+            self.k_conv = CausalConvolution(self.num_state_heads, *filters)
         if config.feature_map == "tied":
             self.feature_map = FeatureMap(self.num_state_heads, self.head_dim, config.feature_dim)
         else:

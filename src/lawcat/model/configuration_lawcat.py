@@ -24,6 +24,7 @@ OPERATOR_FIELDS = (
     "feature_dim",
     "use_conv",
     "conv_kernel_size",
+    "conv_init_std",
     "use_normalizer",
     "normalizer_eps",
     "gate",
@@ -63,6 +64,8 @@ class LawcatConfig(PreTrainedConfig):
         feature_dim: Width F of the feature map's output, even. `None` means `head_dim`.
         use_conv: Causal convolution across tokens on q and k.
         conv_kernel_size: Number of taps K of that convolution, at least 2.
+        conv_init_std: Standard deviation of its taps for preceding tokens where training starts. 0: the
+            identity, but for 0.001. What has to be learned across tokens is learned sooner from 0.1 to 0.3.
         use_normalizer: Divide by the decayed sum of weights, so that the weights of past tokens sum to one.
         normalizer_eps: Added to that sum before dividing.
         gate: `"channel"` (one decay a feature channel), `"head"` (one a head) or `"none"` (no decay).
@@ -134,6 +137,7 @@ class LawcatConfig(PreTrainedConfig):
     feature_dim: int | None = None
     use_conv: bool = True
     conv_kernel_size: int = 4
+    conv_init_std: float = 0.0
     use_normalizer: bool = True
     normalizer_eps: int | float = 1e-6
     gate: str = "channel"
@@ -217,6 +221,8 @@ class LawcatConfig(PreTrainedConfig):
         if self.conv_kernel_size < 2:
             taps = self.conv_kernel_size
             return f"conv_kernel_size={taps} must be at least 2; for no convolution set use_conv=False."
+        if self.conv_init_std < 0:
+            return f"conv_init_std={self.conv_init_std} must be at least 0, which is the identity."
         if self.gate_rank < 1:
             return f"gate_rank={self.gate_rank} must be at least 1; for no gate set gate='none'."
         for name in ("normalizer_eps", "gate_divisor"):
