@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 import time
@@ -194,6 +195,15 @@ def test_info(place: Path, student: Path, which: str) -> None:
     state = {row["state_bytes"] for row in found["memory"]}
     assert len(state) == 1
     assert run("info", place / which).stdout.startswith("model:")
+
+
+def test_info_of_the_machine() -> None:
+    text = run("info").stdout
+    assert text.startswith(f"versions: python {platform.python_version()}, ")
+    assert "\nbackends:\n  torch: chunked form in plain PyTorch" in text
+    found = json.loads(run("info", "--json").stdout)
+    assert found["versions"]["platform"].startswith(sys.platform)
+    assert [line.partition(":")[0] for line in found["backends"][:3]] == ["torch", "reference", "triton"]
 
 
 @pytest.mark.parametrize(

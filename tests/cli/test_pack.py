@@ -102,7 +102,7 @@ def test_mistakes(source: Path, tmp_path: Path) -> None:
     for arguments, message in (
         (("pack", source, tmp_path / "x"), "is named by a path"),
         (("pack", tmp_path, tmp_path / "x", "--no-check"), "there is no adapter in"),
-        (("info",), "name a model, or give --shipped"),
+        (("info", source, "--shipped"), "name a model, or give --shipped"),
     ):
         result = run(*arguments)
         assert result.exit_code == 2

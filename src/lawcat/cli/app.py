@@ -262,7 +262,9 @@ def generate(
 @app.command()
 @_with_exit_codes
 def info(
-    model: Annotated[str | None, typer.Argument(help="Student, adapter or teacher.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Student, adapter or teacher; versions and backends alone without.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     shipped: Annotated[
         bool, typer.Option("--shipped", help="List the adapters that come with lawcat instead.")

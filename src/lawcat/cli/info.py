@@ -15,6 +15,7 @@ from lawcat.evaluation.lengths import format_length
 from lawcat.files import human_bytes
 from lawcat.model.configuration_lawcat import FULL, LINEAR, SLIDING, LawcatConfig
 from lawcat.ops.backend import explain
+from lawcat.versions import versions
 
 _LENGTHS = (1024, 4096, 16384, 65536, 262144)
 # What a cache of the teacher is kept in on a GPU, and what the state is always kept in.
@@ -23,10 +24,12 @@ _CACHE_BYTES, _STATE_BYTES = 2, 4
 
 def run_info(model: str | None, as_json: bool, shipped: bool) -> None:
     """See the command's help."""
-    if shipped == (model is not None):
-        raise ConfigurationError("name a model, or give --shipped for the adapters that come with lawcat.")
+    if shipped and model is not None:
+        raise ConfigurationError(
+            "name a model, or give --shipped for the adapters that come with lawcat; not both."
+        )
     if model is None:
-        _print_shipped(as_json)
+        (_print_shipped if shipped else _print_machine)(as_json)
         return
     found = describe(model)
     if as_json:
@@ -40,8 +43,23 @@ def run_info(model: str | None, as_json: bool, shipped: bool) -> None:
     for row in found["memory"]:
         cache, state = human_bytes(row["cache_bytes"]), human_bytes(row["state_bytes"])
         print(f"{format_length(row['tokens']):>10}  {cache:>20}  {state:>22}")
-    print("\nbackends:")
-    for line in found["backends"]:
+    print()
+    _print_backends(found["backends"])
+
+
+def _print_machine(as_json: bool) -> None:
+    numbers, lines = versions(), explain().splitlines()
+    if as_json:
+        print(json.dumps({"versions": numbers, "backends": lines}, indent=2))
+        return
+    print("versions:", ", ".join(f"{name} {number}" for name, number in numbers.items()))
+    print()
+    _print_backends(lines)
+
+
+def _print_backends(lines: list[str]) -> None:
+    print("backends:")
+    for line in lines:
         print(f"  {line}")
 
 
