@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -76,3 +78,15 @@ def test_what_is_refused() -> None:
         use_int8_weights(model().train())
     with pytest.raises(ConfigurationError, match="for the CPU, and the model is on meta"):
         use_int8_weights(model().to("meta"))
+
+
+def test_nothing_is_saved(tmp_path: Path) -> None:
+    small = model()
+    use_int8_weights(small)
+    with pytest.raises(ConfigurationError, match="cannot be saved"):
+        small.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_no_rows() -> None:
+    assert Int8Linear(torch.rand(5, 32))(torch.empty(2, 0, 32)).shape == (2, 0, 5)

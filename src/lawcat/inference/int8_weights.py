@@ -54,7 +54,13 @@ class Int8Linear(nn.Module):
             output = F.linear(rows, self.wide(x.dtype))
         if self.bias is not None:
             output = output + self.bias.to(x.dtype)
-        return output.view(*x.shape[:-1], -1)
+        return output.view(*x.shape[:-1], self.weight.shape[0])
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        # What is saved under a linear layer's name would be read as its weights.
+        raise ConfigurationError(
+            "A model with int8 weights cannot be saved; save it before use_int8_weights."
+        )
 
     def wide(self, dtype: torch.dtype) -> Tensor:
         """Return the weights [out, in] in a floating dtype."""
@@ -83,7 +89,7 @@ def use_int8_weights(model: Any) -> None:
     """Replace the linear layers of a causal model by ``Int8Linear``, in place, and tied embeddings with them.
 
     What lawcat adds (gates, feature maps, filters), norms and the state stay as they are. The model can then
-    generate and be evaluated, and neither be trained nor saved.
+    generate and be evaluated, and neither be trained nor saved (saving is refused).
 
     Args:
         model: A causal language model of transformers, on the CPU.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -352,7 +353,7 @@ class Forward:
 def forward(plan: Plan, *, save_sums: bool = False) -> Forward:
     """Run the forward kernels; ``save_sums`` keeps what the backward needs of the normaliser."""
     variant = plan.inputs.q.device, save_sums, plan.inputs.initial_state is not None
-    if variant not in plan.layout.compiled and not plan.layout.shape["INTERPRETED"]:
+    if variant not in plan.layout.compiled and not plan.layout.shape["INTERPRETED"] and not _is_capturing():
         plan.layout.compiled.add(variant)
         compile_together(lambda: _launch_all(plan, save_sums))
     return _launch_forward(plan, save_sums)
@@ -360,9 +361,14 @@ def forward(plan: Plan, *, save_sums: bool = False) -> Forward:
 
 def _launch_all(plan: Plan, save_sums: bool) -> None:
     result = _launch_forward(plan, save_sums)
-    # Who saves for the backward will call it.
+    # Who saves for the backward will call it. Where there is no room for both yet, its kernels wait.
     if save_sums:
-        backward(plan, result, torch.empty_like(result.output), None)
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            backward(plan, result, torch.empty_like(result.output), None)
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _launch_forward(plan: Plan, save_sums: bool) -> Forward:
