@@ -20,6 +20,7 @@ CONFIG = {
 
 
 def test_who_can_run() -> None:
+    pytest.importorskip("onnxruntime")
     assert "without biases only" in (unavailable_because(LlamaConfig(**CONFIG, attention_bias=True)) or "")
 
 

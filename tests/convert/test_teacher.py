@@ -468,11 +468,11 @@ def hub_error(kind: type[Exception]) -> Exception:
         (hub_errors.GatedRepoError, "accepted its licence"),
         (
             hub_errors.RepositoryNotFoundError,
-            r"the hub has no model smollm2-135m \(revision v9\).*Did you mean 'smollm2",
+            r"the hub has no model smollm2-135m-it \(revision v9\).*Did you mean 'smollm2",
         ),
         (
             hub_errors.RevisionNotFoundError,
-            r"the hub has no smollm2-135m \(revision v9\).*a branch, tag or commit",
+            r"the hub has no smollm2-135m-it \(revision v9\).*a branch, tag or commit",
         ),
         (
             hub_errors.LocalEntryNotFoundError,
@@ -489,7 +489,7 @@ def test_hub_refusals(kind: type[Exception], message: str, monkeypatch: pytest.M
 
     hub(monkeypatch, fail)
     with pytest.raises(TeacherError, match=message):
-        load_teacher("smollm2-135m", revision="v9")
+        load_teacher("smollm2-135m-it", revision="v9")
 
 
 # GGUF

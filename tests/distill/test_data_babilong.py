@@ -411,6 +411,7 @@ def test_the_search_asks_how_stories_count() -> None:
         "stories-labels-no-kl": both,
         "stories-short": {*both, "noise_shares"},
         "stories-short-rate-double": {*both, "noise_shares"},
+        "stories-conv-8": {"label_weight"},
     }
 
 

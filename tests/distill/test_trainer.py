@@ -251,7 +251,7 @@ def gradients(student: Any) -> dict[str, torch.Tensor]:
 
 def test_the_gate_penalty_of_recovery() -> None:
     ids = random_ids(2, 12)
-    batch = SimpleNamespace(input_ids=ids, loss_weight=torch.ones(2, 12))
+    batch = SimpleNamespace(input_ids=ids, loss_weight=torch.ones(2, 12), kl_factor=None)
     workers: Any = SimpleNamespace(sum=lambda tensor: tensor, count=2)
     student, _ = convert(tiny_teacher())
     with torch.no_grad():
@@ -277,7 +277,7 @@ def test_the_gate_penalty_of_recovery() -> None:
 def test_the_gate_penalty_of_recovery_where_a_state_is_carried() -> None:
     """What is read without gradient counts for nothing."""
     ids = random_ids(2, 24)
-    batch = SimpleNamespace(input_ids=ids, loss_weight=torch.ones(2, 24))
+    batch = SimpleNamespace(input_ids=ids, loss_weight=torch.ones(2, 24), kl_factor=None)
     workers: Any = SimpleNamespace(sum=lambda tensor: tensor, count=1)
     student, _ = convert(tiny_teacher(), gate="head")
     found = []
