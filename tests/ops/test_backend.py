@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import Counter
 
 import pytest
 import torch
 
 from lawcat.errors import BackendError
 from lawcat.ops import backend, backend_names, choose_backend, explain, gated_linear_attention, use_backend
+from small_models import make_model
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +109,25 @@ def test_unknown_names_say_where_they_come_from(monkeypatch: pytest.MonkeyPatch)
     assert issubclass(BackendError, ValueError)
 
 
+def test_explain_says_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_calls", Counter())
+    for name in ("torch", "torch", "reference"):
+        call(backend=name)
+    assert explain().splitlines()[-2:] == [
+        "ran: recurrence by reference, 1 call",
+        "ran: recurrence by torch, 2 calls",
+    ]
+    model = make_model()
+    with torch.no_grad():
+        cache = model(torch.tensor([[1, 2, 3]]), use_cache=True).past_key_values
+        model(torch.tensor([[4]]), past_key_values=cache)
+    layers = len(model.attention_modules())
+    assert f"ran: recurrence by torch, {2 + layers} calls" in explain()
+    assert f"ran: step by torch, {layers} calls" in explain()
+
+
 def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_calls", Counter())
     lines = explain().splitlines()
     assert [line.split(":")[0] for line in lines] == list(backend_names()[1:])
     assert "taken by 'auto'" in lines[0]

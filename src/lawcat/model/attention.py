@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
-from ..ops.backend import choose_backend, gated_linear_attention, kernels_or_torch
+from ..ops.backend import choose_backend, count_call, gated_linear_attention, kernels_or_torch
 from ..ops.fused import linear_attention_mixer
 from ..ops.mixer_step import linear_attention_mixer_step
 from ..ops.precision import without_autocast
@@ -277,6 +277,7 @@ class LawcatAttention(nn.Module):
             q, k = self._rotate(q, k, position_embeddings)
         state.make_contiguous()
         assert state.recurrent is not None
+        count_call("step", "triton")
         output = decode_step(
             q,
             k,
@@ -310,6 +311,7 @@ class LawcatAttention(nn.Module):
             q, k = self._rotate(q, k, position_embeddings)
         assert state.recurrent is not None
         q_taps, k_taps = self._taps()
+        count_call("step", "torch")
         output, recurrent, q_inputs, k_inputs = linear_attention_mixer_step(
             q,
             k,
@@ -367,6 +369,7 @@ class LawcatAttention(nn.Module):
                 output = output / (near.sums.denominator + far.denominator + eps)
             return output.to(v.dtype), after
         if q.shape[1] == 1 and state is not None:
+            count_call("step", "torch")
             return gated_linear_attention_step(q, k, v, log_decay, state, normalize=normalize, eps=eps)
         return gated_linear_attention(
             q,

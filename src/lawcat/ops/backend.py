@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -38,6 +39,14 @@ _BACKENDS = (
 _forced: str | None = None
 # Why "auto" has taken PyTorch on a GPU, each reason told once.
 _fallbacks: dict[str, None] = {}
+# Calls by what was computed and by which backend.
+_calls: Counter[tuple[str, str]] = Counter()
+
+
+def count_call(operation: str, backend: str) -> None:
+    """Note for ``explain`` what runs. Compiled code and replays of CUDA graphs are not counted."""
+    if not torch.compiler.is_compiling():
+        _calls[operation, backend] += 1
 
 
 def backend_names() -> tuple[str, ...]:
@@ -95,7 +104,7 @@ def _choose(backend: str = "auto", device: str = "cpu") -> tuple[str, str | None
 
 
 def explain() -> str:
-    """Return, a line a backend, whether it can run here and which one ``"auto"`` takes and why.
+    """Return, a line a backend, whether it can run here and which one ``"auto"`` takes and why, and what ran.
 
     >>> print(explain().splitlines()[1])
     reference: the definition token by token, on any device; slow, for tests (available)
@@ -109,6 +118,8 @@ def explain() -> str:
             state += ", taken by 'auto'"
         lines.append(f"{backend.name}: {backend.description} ({state})")
     lines += [f"fell back to torch: {reason}" for reason in _fallbacks]
+    for (operation, backend_name), count in sorted(_calls.items()):
+        lines.append(f"ran: {operation} by {backend_name}, {count:,} {'call' if count == 1 else 'calls'}")
     if source is not None:
         lines.append(f"'auto' means {chosen!r} because of {source}")
     return "\n".join(lines)
@@ -202,7 +213,9 @@ def gated_linear_attention(
             q, k, v, log_decay, initial_state, feature_dim=q.shape[3], value_dim=v.shape[3]
         )
         if q.numel() and kernels_or_torch(backend, q.device.type, unsupported):
+            count_call("recurrence", "triton")
             return _run_kernels(q, k, v, log_decay, initial_state, normalize, eps, min_log_decay)
+    count_call("recurrence", "reference" if name == "reference" else "torch")
     if name == "reference":
         return gated_linear_attention_reference(
             q, k, v, log_decay, initial_state=initial_state, normalize=normalize, eps=eps

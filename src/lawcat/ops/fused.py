@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .backend import choose_backend, gated_linear_attention, kernels_or_torch
+from .backend import choose_backend, count_call, gated_linear_attention, kernels_or_torch
 from .convolution import causal_conv1d_of_heads
 from .decay import log_decay_of
 from .feature_map import hedgehog_feature_map
@@ -106,6 +106,7 @@ def linear_attention_mixer(
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q_inputs, k_inputs)):
             unsupported = "q_inputs or k_inputs requires a gradient, which the kernels do not give"
         if kernels_or_torch(backend, q.device.type, unsupported):
+            count_call("mixer", "triton")
             return _run_kernels(
                 q, k, v, gate, map_weight, q_taps, k_taps, gate_is_logit, gate_divisor, min_log_decay,
                 initial_state, q_inputs, k_inputs, mask, boundaries, normalize, eps, keep_inputs,
