@@ -21,7 +21,12 @@ CONFIG = {
 
 def test_who_can_run() -> None:
     pytest.importorskip("onnxruntime")
-    assert "without biases only" in (unavailable_because(LlamaConfig(**CONFIG, attention_bias=True)) or "")
+    for changed, reason in (
+        ({"attention_bias": True}, "without biases only"),
+        ({"hidden_act": "gelu"}, "silu only, not gelu"),
+        ({"vocab_size": 128_256, "hidden_size": 4096}, "2 GB"),
+    ):
+        assert reason in (unavailable_because(LlamaConfig(**{**CONFIG, **changed})) or "")
 
 
 @pytest.mark.parametrize(("int8", "tolerance"), [(False, 1e-5), (True, 0.05)])

@@ -17,6 +17,8 @@ from torch import Tensor
 _OPSET, _IR_VERSION = 21, 10
 _FUSED = "com.microsoft"
 
+_LARGEST_GRAPH = 2**31
+
 
 def unavailable_because(config: Any) -> str | None:
     """Return why a teacher of this configuration cannot run here; None when it can."""
@@ -25,6 +27,17 @@ def unavailable_because(config: Any) -> str | None:
             return f"the package {package!r} is not installed"
     if config.model_type != "llama" or config.attention_bias or config.mlp_bias:
         return "is written for Llama without biases only"
+    if config.hidden_act != "silu":
+        return f"is written for the activation silu only, not {config.hidden_act}"
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if "dynamic" in rope or rope == "longrope":  # frequencies that depend on the length
+        return f"is written for rotary embeddings that do not change with the length, not {rope}"
+    parameters = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    parameters += (
+        4 * config.num_hidden_layers * config.hidden_size * (config.hidden_size + config.intermediate_size)
+    )
+    if parameters * 4 > _LARGEST_GRAPH:
+        return "is written in one file, which ONNX ends at 2 GB"
     return None
 
 
