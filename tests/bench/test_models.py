@@ -140,10 +140,26 @@ def test_training_stages() -> None:
     assert [record.measurement for record in records] == ["training stage 1", "training stage 2"]
     for record in records:
         assert record.reason is None
+        assert 0 < record.error < 1e-4
         assert record.tokens_per_s == pytest.approx(64 / record.median_s)
     assert any(".lora_A" in name for name, _ in pair.student.named_parameters())
     after = pair.student.model.layers[0].self_attn.q_conv.weight
     assert_near(after, before, 1e-5)
+
+
+def test_wrong_gradients_get_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = training._gradients
+
+    def wrong(stage: Any, batch: Any, device: torch.device, backend: str) -> torch.Tensor:
+        found = right(stage, batch, device, backend)
+        return found if backend == "reference" else 1.01 * found
+
+    monkeypatch.setattr(training, "_gradients", wrong)
+    pair = random_pair("tiny", dtype=torch.float32, device=CPU)
+    for record in training.measure(pair, tokens=16, batch=1, seconds=0.01):
+        assert record.median_s is None
+        assert record.reason.startswith("wrong: relative error of the gradients 0.01")
+        assert record.error == pytest.approx(0.01, rel=0.05)
 
 
 def test_stage_2_without_peft_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lawcat.bench.limits import timed_backends
 from lawcat.bench.models import Pair
-from lawcat.bench.operators import Progress
+from lawcat.bench.operators import Progress, relative_error
 from lawcat.bench.record import Record
 from lawcat.bench.timing import Failure, failure_reason, time_by_turns
 from lawcat.distill.recipe import AttentionTransferSettings, RecoverySettings
@@ -20,6 +21,11 @@ from lawcat.distill.trainer import AttentionTransferStage, RecoveryStage, Stage,
 from lawcat.distill.training_step import TrainingStep
 from lawcat.memory import free_memory
 from lawcat.ops import use_backend
+
+# Tokens of the one sequence whose gradients are compared, since the definition goes token by token.
+_CHECKED_TOKENS = 128
+# Projections and losses of 16 bits round alike on both sides, the operands of the operator's products do not.
+_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
 def measure(
@@ -33,6 +39,8 @@ def measure(
     progress: Progress | None = None,
 ) -> list[Record]:
     """Return what a step of stage 1 and of stage 2 takes: losses, gradients, clipping and the optimizer.
+
+    A backend whose gradients differ from the definition's gets no figure.
 
     The student trains on random tokens, so it is of no use afterwards.
 
@@ -57,18 +65,24 @@ def measure(
     ]
     for done, (measurement, make) in enumerate(stages, 1):
         runs: dict[str, Callable[[], object]] = {}
-        reason = "not run"
+        reasons: dict[str, str] = {}
+        errors: dict[str, float] = {}
         try:
-            runs = _steps(make(), _random_batch(pair, batch, tokens, device, seed), device, names)
+            stage = make()
+            errors, reasons = _check(
+                stage, _random_batch(pair, 1, min(tokens, _CHECKED_TOKENS), device, seed), device, names
+            )
+            right = tuple(name for name in names if name not in reasons)
+            runs = _steps(stage, _random_batch(pair, batch, tokens, device, seed), device, right)
         except Exception as error:
-            reason = failure_reason(error)
+            reasons = dict.fromkeys(names, failure_reason(error))
         timings = time_by_turns(runs, device, seconds=seconds)
         runs.clear()  # and with them the graphs, whose memory the next stage may need
         free_memory()
         for name in names:
             records.append(
                 Record.of(
-                    timings.get(name, Failure(reason)),
+                    timings.get(name, Failure(reasons.get(name, "not run"))),
                     measurement=measurement,
                     shape=pair.name,
                     contender=f"lawcat ({name})",
@@ -77,6 +91,7 @@ def measure(
                     batch=batch,
                     num_tokens_done=batch * tokens,
                     backend=name,
+                    error=errors.get(name),
                 )
             )
         if progress is not None:
@@ -94,6 +109,39 @@ def _random_batch(pair: Pair, batch: int, tokens: int, device: torch.device, see
     ids = torch.randint(3, pair.student.config.vocab_size, (batch, tokens), generator=generator)
     weights = torch.ones(batch, tokens)
     return Batch(ids, weights, torch.zeros(batch, tokens, dtype=torch.bool), ("random",) * batch).to(device)
+
+
+def _check(
+    stage: Stage, batch: Batch, device: torch.device, backends: tuple[str, ...]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Return the relative errors of all gradients by backend, and why one has no figure."""
+    expected = _gradients(stage, batch, device, "reference")
+    tolerance = _TOLERANCES[stage.student.dtype]
+    errors: dict[str, float] = {}
+    reasons: dict[str, str] = {}
+    for name in backends:
+        try:
+            errors[name] = relative_error(_gradients(stage, batch, device, name), expected)
+        except Exception as error:
+            reasons[name] = failure_reason(error)
+            continue
+        if not errors[name] <= tolerance:
+            reasons[name] = (
+                f"wrong: relative error of the gradients {errors[name]:.2g}, allowed {tolerance:.2g}"
+            )
+    return errors, reasons
+
+
+def _gradients(stage: Stage, batch: Batch, device: torch.device, backend: str) -> Tensor:
+    """Return the gradients of all that trains, one after the other."""
+    trained = [parameter for group in stage.parameter_groups() for parameter in group["params"]]
+    with use_backend(backend):
+        stage.backward(batch, Workers(OneProcess(device)))
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    flat = torch.cat([gradient.float().flatten() for gradient in found])
+    for parameter in trained:
+        parameter.grad = None
+    return flat
 
 
 def _steps(
