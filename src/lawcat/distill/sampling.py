@@ -136,11 +136,15 @@ def sample_teacher_text(
                     model = model if model is not None else teacher()
                     sampler = _in_precision(model, precision, folder)
                 report = _reporter(progress, i, num_chunks, batch, sequence_tokens)
-                seed_of_chunk = int(fingerprint_of(seed=seed, chunk=i)[:15], 16)
-                sampled = _sample_in_parts(
-                    sampler, start, batch, sequence_tokens, seed_of_chunk, temperature, top_p, report
-                )
-                chunk = sampled.astype(dtype)
+
+                def sample(
+                    size: int, own_seed: int, sampler: nn.Module = sampler, report: Any = report
+                ) -> NDArray[np.int64]:
+                    return _sample_batch(
+                        sampler, start, size, sequence_tokens, own_seed, temperature, top_p, report
+                    )
+
+                chunk = _sample_in_parts(sample, batch, _seed_of(seed=seed, chunk=i)).astype(dtype)
                 save_tokens(path, chunk)
             chunks.append(chunk)
     return np.concatenate(chunks)[: num_sequences * sequence_tokens]
@@ -220,32 +224,25 @@ class _PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
 
 
 def _sample_in_parts(
-    model: nn.Module,
-    start: int,
-    batch: int,
-    sequence_tokens: int,
-    seed: int,
-    temperature: float,
-    top_p: float,
-    report: Callable[[int], None],
+    sample: Callable[[int, int], NDArray[np.int64]], batch: int, seed: int
 ) -> NDArray[np.int64]:
-    """As ``_sample_batch``, in two halves where the keys and values of all sequences find no room."""
+    """Return ``sample(batch, seed)``, in two halves where the keys and values of all find no room."""
     try:
-        return _sample_batch(model, start, batch, sequence_tokens, seed, temperature, top_p, report)
+        return sample(batch, seed)
     except torch.OutOfMemoryError:
         if batch == 1:
             raise
     # Not while the error is handled, which holds on to what was allocated.
     free_memory()
     first = batch // 2
-    sizes = ((first, fingerprint_of(seed=seed, half=0)), (batch - first, fingerprint_of(seed=seed, half=1)))
-    halves = [
-        _sample_in_parts(
-            model, start, size, sequence_tokens, int(own_seed[:15], 16), temperature, top_p, report
-        )
-        for size, own_seed in sizes
-    ]
-    return np.concatenate(halves)
+    sizes = first, batch - first
+    return np.concatenate(
+        [_sample_in_parts(sample, size, _seed_of(seed=seed, half=half)) for half, size in enumerate(sizes)]
+    )
+
+
+def _seed_of(**parts: int) -> int:
+    return int(fingerprint_of(**parts)[:15], 16)
 
 
 def _sample_batch(

@@ -155,11 +155,10 @@ class LawcatAttention(nn.Module):
             if self.window is not None or config.feature_map == "untied":
                 return self._composed(q, k, v, logits, position_embeddings, mask, state)
             if state is not None and state.recurrent is not None and x.shape[1] == 1:
-                if self._steps_in_place(q, k, v, logits, mask, state):
-                    return self._step_in_place(q, k, v, logits, position_embeddings, state)
-                if mask is None:
-                    return self._step(q, k, v, logits, position_embeddings, state)
-                return self._composed(q, k, v, logits, position_embeddings, mask, state)
+                if mask is not None:
+                    return self._composed(q, k, v, logits, position_embeddings, mask, state)
+                in_place = self._steps_in_place(q, k, v, logits, state)
+                return self._step(q, k, v, logits, position_embeddings, state, in_place=in_place)
             if config.linear_rope:
                 q, k = self._rotate(q, k, position_embeddings)
             q_taps, k_taps = self._taps()
@@ -236,15 +235,13 @@ class LawcatAttention(nn.Module):
         k: Tensor,
         v: Tensor,
         logits: Tensor | None,
-        mask: Tensor | None,
         state: LinearAttentionState,
     ) -> bool:
         """Return whether one token is taken by the kernel, which writes to the state's tensors.
 
-        It has no gradient, and what autograd may still need is not written over. It knows no padding: see
-        ``LawcatModel``.
+        It has no gradient, and what autograd may still need is not written over.
         """
-        if mask is not None or torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             return False
         if choose_backend("auto", q.device.type) != "triton":
             return False
@@ -261,41 +258,6 @@ class LawcatAttention(nn.Module):
         runs: bool = kernels_or_torch("auto", q.device.type, unsupported)
         return runs
 
-    def _step_in_place(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        logits: Tensor | None,
-        position_embeddings: tuple[Tensor, Tensor] | None,
-        state: LinearAttentionState,
-    ) -> Tensor:
-        from ..ops.triton.decode_step import decode_step
-
-        config = self.config
-        if config.linear_rope:
-            q, k = self._rotate(q, k, position_embeddings)
-        state.make_contiguous()
-        assert state.recurrent is not None
-        count_call("step", "triton")
-        output = decode_step(
-            q,
-            k,
-            v,
-            logits,
-            state.recurrent,
-            state.q_inputs,
-            state.k_inputs,
-            *self._taps(),
-            self.feature_map.weight,
-            gate_divisor=config.gate_divisor,
-            min_log_decay=config.min_log_decay,
-            normalize=config.use_normalizer,
-            eps=config.normalizer_eps,
-        )
-        state.count(1)
-        return output
-
     def _step(
         self,
         q: Tensor,
@@ -304,30 +266,38 @@ class LawcatAttention(nn.Module):
         logits: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor] | None,
         state: LinearAttentionState,
+        *,
+        in_place: bool,
     ) -> Tensor:
-        """One token without padding, in few operations."""
+        """One token without padding: by the kernel, which writes to the state, or in few operations."""
         config = self.config
         if config.linear_rope:
             q, k = self._rotate(q, k, position_embeddings)
-        assert state.recurrent is not None
         q_taps, k_taps = self._taps()
-        count_call("step", "torch")
+        options: dict[str, Any] = {
+            "gate_divisor": config.gate_divisor,
+            "min_log_decay": config.min_log_decay,
+            "normalize": config.use_normalizer,
+            "eps": config.normalizer_eps,
+        }
+        weight = self.feature_map.weight
+        count_call("step", "triton" if in_place else "torch")
+        if in_place:
+            from ..ops.triton.decode_step import decode_step
+
+            state.make_contiguous()
+            assert state.recurrent is not None
+            inputs = state.q_inputs, state.k_inputs
+            output: Tensor = decode_step(
+                q, k, v, logits, state.recurrent, *inputs, q_taps, k_taps, weight, **options
+            )
+            state.count(1)
+            return output
+        assert state.recurrent is not None
         output, recurrent, q_inputs, k_inputs = linear_attention_mixer_step(
-            q,
-            k,
-            v,
-            logits,
-            self.feature_map.weight,
-            state.recurrent,
-            q_taps=q_taps,
-            k_taps=k_taps,
-            q_inputs=state.q_inputs,
-            k_inputs=state.k_inputs,
-            gate_divisor=config.gate_divisor,
-            min_log_decay=config.min_log_decay,
-            normalize=config.use_normalizer,
-            eps=config.normalizer_eps,
-        )
+            q, k, v, logits, weight, state.recurrent, q_taps=q_taps, k_taps=k_taps,
+            q_inputs=state.q_inputs, k_inputs=state.k_inputs, **options,
+        )  # fmt: skip
         state.store(recurrent, q_inputs, k_inputs, num_tokens=1)
         return output
 

@@ -10,6 +10,7 @@ them; they do what eager code does, which calls it directly. Legend: ``ops/shape
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -31,7 +32,9 @@ _CALL = (
     "SymInt num_state_heads, bool is_logit, float gate_divisor, float min_log_decay, bool normalize, "
     "float eps"
 )
-_NUM_TENSORS, _NUM_INPUTS, _NUM_ARGUMENTS = 11, 13, 18
+_NUM_INPUTS = len(fields(MixerInputs))
+_NUM_TENSORS = _NUM_INPUTS - 2
+_NUM_ARGUMENTS = _NUM_INPUTS + len(fields(MixerOptions)) - 1
 
 
 def _call(arguments: Sequence[Any]) -> tuple[MixerInputs, MixerOptions]:
