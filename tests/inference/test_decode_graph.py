@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from comparison import assert_near
+from kernel_device import DEVICE, HAS_GPU, on_gpu
 from lawcat import LawcatForCausalLM
 from lawcat.evaluation import answering
 from lawcat.evaluation.answering import answer_prompts
@@ -21,12 +22,6 @@ from lawcat.ops import use_backend
 from small_models import make_model
 from tiny_teachers import NUM_WORDS, tiny_tokenizer
 
-triton = pytest.importorskip("triton")
-if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
-    pytest.skip("triton was imported without its interpreter", allow_module_level=True)
-
-HAS_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if HAS_GPU else "cpu"
 # As small as it goes: the interpreter takes milliseconds for every operation.
 SMALL = {
     "num_attention_heads": 2,
@@ -310,9 +305,6 @@ def test_streamed_text(paper: LawcatForCausalLM, monkeypatch: pytest.MonkeyPatch
         assert "".join(stream_text(paper, tokenizer, prompt, **options)) == expected
     assert expected
     assert Repetition.replayed == 4
-
-
-on_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 
 
 @pytest.mark.gpu

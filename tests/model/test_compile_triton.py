@@ -12,17 +12,11 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from comparison import assert_near
+from kernel_device import DEVICE, on_gpu
 from lawcat import LawcatForCausalLM
 from lawcat.ops import use_backend
 from small_models import in_bfloat16, make_model
 
-triton = pytest.importorskip("triton")
-HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU and not triton.knobs.runtime.interpret:
-    pytest.skip("triton was imported without its interpreter", allow_module_level=True)
-
-DEVICE = "cuda" if HAS_GPU else "cpu"
-on_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
 # As small as it goes: the interpreter takes milliseconds for every operation.
 SMALL = {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 16, "num_hidden_layers": 1}
 HYBRID = {"layer_types": [LINEAR, FULL], "num_hidden_layers": 2}

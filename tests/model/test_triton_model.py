@@ -13,22 +13,17 @@ from model_variants import FULL, LINEAR, left_pad, random_tokens
 from torch import Tensor
 
 from comparison import assert_near
+from kernel_device import DEVICE
 from lawcat import LawcatCache, LawcatForCausalLM
 from lawcat.convert.initialize import is_new_parameter
 from lawcat.distill.attention_transfer import attention_transfer_losses
 from lawcat.errors import BackendError
 from lawcat.ops import use_backend
+from lawcat.ops.triton import decode_step as decode_module
+from lawcat.ops.triton import function as function_module
+from lawcat.ops.triton.mixer import MixerInputs, MixerOptions
 from small_models import in_bfloat16, make_model
 
-triton = pytest.importorskip("triton")
-if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
-    pytest.skip("triton was imported without its interpreter", allow_module_level=True)
-
-from lawcat.ops.triton import decode_step as decode_module  # noqa: E402
-from lawcat.ops.triton import function as function_module  # noqa: E402
-from lawcat.ops.triton.mixer import MixerInputs, MixerOptions  # noqa: E402
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # As small as it goes: the interpreter takes milliseconds for every operation.
 SMALL = {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 16, "num_hidden_layers": 1}
 VARIANTS: dict[str, dict[str, object]] = {

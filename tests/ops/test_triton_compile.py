@@ -13,20 +13,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from comparison import assert_near
+from kernel_device import DEVICE, on_gpu
 from lawcat.errors import BackendError
 from lawcat.ops.fused import linear_attention_mixer
+from lawcat.ops.triton import custom_ops, mixer
+from lawcat.ops.triton.configurations import choose_configuration
+from lawcat.ops.triton.decode_step import decode_step
 
-triton = pytest.importorskip("triton")
-HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU and not triton.knobs.runtime.interpret:
-    pytest.skip("triton was imported without its interpreter", allow_module_level=True)
-
-from lawcat.ops.triton import custom_ops, mixer  # noqa: E402
-from lawcat.ops.triton.configurations import choose_configuration  # noqa: E402
-from lawcat.ops.triton.decode_step import decode_step  # noqa: E402
-
-DEVICE = "cuda" if HAS_GPU else "cpu"
-on_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
 CASES = {
     "paper": MixerCase(5, taps=2),
     "padding": MixerCase(5, batch=2, padding=2, taps=2, heads=2, state_heads=1, gate_width=1),

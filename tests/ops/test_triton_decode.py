@@ -10,19 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from comparison import assert_near
+from kernel_device import DEVICE
 from lawcat.errors import BackendError
 from lawcat.model.convolution import CausalConvolution
 from lawcat.model.feature_map import FeatureMap
 from lawcat.model.gate import DecayGate
 from lawcat.ops import gated_linear_attention_reference
+from lawcat.ops.triton.decode_step import decode_step, unavailable_because
 
-triton = pytest.importorskip("triton")
-if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
-    pytest.skip("triton was imported without its interpreter", allow_module_level=True)
-
-from lawcat.ops.triton.decode_step import decode_step, unavailable_because  # noqa: E402
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HIDDEN = 8
 
 

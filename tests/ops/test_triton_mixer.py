@@ -17,21 +17,14 @@ from mixer_cases import MixerCase, answer, definition, run
 from torch import Tensor
 
 from comparison import assert_near
+from kernel_device import DEVICE, HAS_GPU, on_gpu
 from lawcat.errors import BackendError
 from lawcat.ops import backend, explain, gated_linear_attention, use_backend
 from lawcat.ops.fused import linear_attention_mixer
+from lawcat.ops.triton import launch, mixer, support
+from lawcat.ops.triton.configurations import choose_configuration
+from lawcat.ops.triton.launch import Launch
 
-triton = pytest.importorskip("triton")
-HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU and not triton.knobs.runtime.interpret:
-    pytest.skip("triton was imported without its interpreter", allow_module_level=True)
-
-from lawcat.ops.triton import launch, mixer, support  # noqa: E402
-from lawcat.ops.triton.configurations import choose_configuration  # noqa: E402
-from lawcat.ops.triton.launch import Launch  # noqa: E402
-
-DEVICE = "cuda" if HAS_GPU else "cpu"
-on_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 GRADIENT_TOLERANCE = {torch.float32: 5e-5, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 
