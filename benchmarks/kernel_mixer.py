@@ -250,6 +250,8 @@ def training(arguments: argparse.Namespace) -> None:
     except ImportError:
         chunk_gla = None
         print("fla is not installed: no figures of chunk_gla")
+    else:
+        compile_candidates_together()
     shapes = [Shape(t, w) for w in arguments.widths for t in arguments.lengths if t <= 32768]
     shapes.append(Shape(1024, 64, batch=16, heads=9, kv_heads=3))  # a training step of SmolLM2-135M
     RESULTS["training"] = []
@@ -288,13 +290,43 @@ def training(arguments: argparse.Namespace) -> None:
                 row[name] = {"median": float("nan")}
         row["kernels"] = kernel_split(lambda: step(calls["ours"]), 5)  # noqa: B023
         RESULTS["training"].append(row)
-    print("\n# forward and backward, bf16; ms (peak MB)\n")
-    for row in RESULTS["training"]:
-        cells = [
-            f"{n} {row[n]['median']:.2f} ({row.get(n + ' MB')})" for n in ("ours", "torch", "fla") if n in row
-        ]
+        if len(RESULTS["training"]) == 1:
+            print("\n# forward and backward, bf16; ms (peak MB)\n")
+        cells = [f"{n} {row[n]['median']:.2f} ({row.get(n + ' MB')})" for n in calls]
         print(f"D=F={row['width']} B={row['batch']} T={row['tokens']}: " + ", ".join(cells))
-        print("    " + ", ".join(f"{name[:40]} {t}" for name, t in list(row["kernels"].items())[:12]))
+        print(
+            "    " + ", ".join(f"{name[:40]} {t}" for name, t in list(row["kernels"].items())[:12]),
+            flush=True,
+        )
+
+
+def compile_candidates_together() -> None:
+    """Let Triton's autotuner compile what it is to choose from in threads; what it chooses is its own affair.
+
+    One after the other, what fla tries for one shape took more than five minutes.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    from triton.runtime._async_compile import AsyncCompileMode
+    from triton.runtime.autotuner import Autotuner
+
+    prune_configs = Autotuner.prune_configs
+
+    def compile_and_prune(self: Any, kwargs: dict[str, Any]) -> list[Any]:
+        candidates = prune_configs(self, kwargs)
+        start = time.perf_counter()
+        try:
+            with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool):
+                for candidate in candidates:
+                    options = {**kwargs, "warmup": True, **candidate.all_kwargs()}
+                    self.fn.run(*self.nargs.values(), **options)
+        except Exception as error:  # the autotuner skips a candidate that does not compile
+            print(f"  {self.base_fn.__name__}: {type(error).__name__} while compiling ahead", flush=True)
+        seconds = time.perf_counter() - start
+        print(f"  {self.base_fn.__name__}: {len(candidates)} candidates, {seconds:.1f} s", flush=True)
+        return candidates
+
+    Autotuner.prune_configs = compile_and_prune
 
 
 # What the sweep tries: warps, stages, registers. Kernels are timed one by one, so that the i-th of each list

@@ -100,6 +100,8 @@ def test_borders(tokens: int) -> None:
         {"batch": 2, "padding": 5},
         {"batch": 2, "padding": 19, "has_state": False, "taps": None},
         {"taps": 1, "has_state": False},
+        {"taps": 8},
+        {"taps": 6, "batch": 2, "padding": 3},
     ],
     ids=str,
 )
@@ -482,6 +484,16 @@ def test_real_widths(tokens: int, width: int, dtype: torch.dtype) -> None:
     if dtype == torch.float32 and width > 64:
         pytest.skip("no gradients of this width in float32")
     check(MixerCase(tokens, heads=4, kv_heads=2, state_heads=4, width=width, feature_dim=width), dtype)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("width", [64, 128])
+def test_eight_taps(width: int) -> None:
+    check(
+        MixerCase(1000, heads=4, kv_heads=2, state_heads=4, width=width, feature_dim=width, taps=8),
+        torch.bfloat16,
+    )
 
 
 @pytest.mark.gpu
