@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from tests.tiny_teachers import save_teacher
+from torch.nn import functional
+from transformers import masking_utils
 
 from comparison import assert_near
 from lawcat.bench import generation, training
@@ -36,6 +38,27 @@ def test_weights_are_shared_and_the_teacher_still_computes(pair: Pair) -> None:
     with torch.no_grad(), pair.student.teacher_mode():
         expected = pair.student(tokens).logits
         assert_near(pair.teacher(tokens).logits, expected, 1e-5)
+
+
+def test_a_teacher_gets_no_mask_even_while_a_graph_is_captured(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks = []
+    attend = functional.scaled_dot_product_attention
+
+    def spy(*args: Any, attn_mask: Any = None, **kwargs: Any) -> Any:
+        masks.append(attn_mask)
+        return attend(*args, attn_mask=attn_mask, **kwargs)
+
+    tokens = torch.randint(3, 200, (2, 9))
+    with torch.no_grad():
+        expected = pair.teacher(tokens, logits_to_keep=1).logits
+        monkeypatch.setattr(functional, "scaled_dot_product_attention", spy)
+        monkeypatch.setattr(masking_utils, "_ignore_causal_mask_sdpa", lambda *_, **__: False)
+        teacher = next(subject for subject in pair.subjects(("torch",)) if not subject.is_ours)
+        assert_near(prefill(teacher, tokens)(), expected, 1e-5)
+    assert masks == [None, None]
+    assert pair.teacher.config._attn_implementation == "sdpa"
 
 
 def test_new_parameters_are_float32_in_a_half_precision_pair() -> None:

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
 
 from lawcat.bench.limits import timed_backends
 from lawcat.bench.shapes import MixerShape, teacher_config
@@ -82,11 +85,15 @@ class Pair:
             with contextlib.ExitStack() as stack:
                 if self.teacher is self.student:
                     stack.enter_context(self.student.teacher_mode())
-                wanted = "flash_attention_2" if name == "flash-attn" else "sdpa"
-                before = self.teacher.config._attn_implementation
-                if before != wanted:  # it costs time, which would be counted
-                    self.teacher.set_attn_implementation(wanted)
-                    stack.callback(self.teacher.set_attn_implementation, before)
+                config = self.teacher.config
+                before = config._attn_implementation
+                if name == "flash-attn":
+                    if before != "flash_attention_2":  # it costs time, which would be counted
+                        self.teacher.set_attn_implementation("flash_attention_2")
+                        stack.callback(self.teacher.set_attn_implementation, before)
+                else:
+                    config._attn_implementation = _sdpa_of(config)
+                    stack.callback(setattr, config, "_attn_implementation", before)
                 if name in _SDPA:
                     stack.enter_context(sdpa_kernel(_SDPA[name]))
                 yield
@@ -98,6 +105,23 @@ _SDPA = {
     "FlashAttention-2 (torch SDPA)": [SDPBackend.FLASH_ATTENTION],
     "cuDNN attention (torch SDPA)": [SDPBackend.CUDNN_ATTENTION],
 }
+
+
+_UNMASKED_SDPA = "lawcat_bench_sdpa"
+AttentionInterface.register(_UNMASKED_SDPA, sdpa_attention_forward)
+AttentionMaskInterface.register(_UNMASKED_SDPA, lambda *_, **__: None)
+
+
+def _sdpa_of(config: Any) -> str:
+    """Return the name of SDPA that is never given a mask, for a model without a window.
+
+    While a CUDA graph is captured, transformers (5.17) makes a causal mask of all pairs of tokens and hands it to
+    SDPA, which then has no FlashAttention; the teacher was 9 times slower than it is at 64K. Nothing here is
+    padded, so that ``is_causal`` says all.
+    """
+    if getattr(config, "sliding_window", None) is not None:
+        return "sdpa"
+    return _UNMASKED_SDPA
 
 
 def _attentions(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
