@@ -115,9 +115,9 @@ AttentionMaskInterface.register(_UNMASKED_SDPA, lambda *_, **__: None)
 def _sdpa_of(config: Any) -> str:
     """Return the name of SDPA that is never given a mask, for a model without a window.
 
-    While a CUDA graph is captured, transformers (5.17) makes a causal mask of all pairs of tokens and hands it to
-    SDPA, which then has no FlashAttention; the teacher was 9 times slower than it is at 64K. Nothing here is
-    padded, so that ``is_causal`` says all.
+    While a CUDA graph is captured, transformers (5.17) gives SDPA a mask of all pairs of tokens, with which
+    FlashAttention does not run; the teacher was 9 times slower than it is at 64K. Nothing here is padded, so
+    that ``is_causal`` says all.
     """
     if getattr(config, "sliding_window", None) is not None:
         return "sdpa"
