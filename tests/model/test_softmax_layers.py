@@ -7,9 +7,10 @@ import contextlib
 import pytest
 import torch
 from model_variants import VARIANTS, left_pad, model_of, random_tokens
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
 
 from lawcat import LawcatForCausalLM
+from lawcat.model.causal_mask import causal_mask
 from small_models import make_model
 
 FULL = "full_attention"
@@ -181,3 +182,16 @@ def test_softmax_layers_have_no_new_parameters() -> None:
     new = [name for name in model.state_dict() if "conv" in name or "feature_map" in name or "gate." in name]
     assert new
     assert all(name.startswith("model.layers.0.") for name in new)
+
+
+def test_no_mask_without_padding_even_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.17 makes one then, with which SDPA has no FlashAttention."""
+    monkeypatch.setattr(masking_utils, "_ignore_causal_mask_sdpa", lambda *_, **__: False)
+    embeddings = torch.zeros(2, 5, 8)
+    config = LlamaConfig(attn_implementation="sdpa")
+    assert causal_mask(config, embeddings) is None
+    assert causal_mask(LlamaConfig(attn_implementation="eager"), embeddings) is not None
+    padding = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+    assert causal_mask(config, embeddings, padding) is not None
+    packed = torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]])
+    assert causal_mask(config, embeddings, position_ids=packed) is not None

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import create_causal_mask
 
 from lawcat.distill.gate_penalty import GatePenalty
 from lawcat.distill.losses import relative_squared_error
+from lawcat.model.causal_mask import causal_mask
 from lawcat.model.modeling_lawcat import LawcatForCausalLM
 
 
@@ -46,9 +46,8 @@ def attention_transfer_losses(
         hidden = decoder.embed_tokens(input_ids)
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         positions = decoder.rotary_emb(hidden, position_ids)
-        # None where the attention function is causal by itself. Given positions, it would look at them for
-        # packed sequences, and a GPU be waited for.
-        mask = create_causal_mask(decoder.config, hidden, None, None, position_ids=None)
+        # Given positions, it would look at them for packed sequences, and a GPU be waited for.
+        mask = causal_mask(decoder.config, hidden)
         for layer in decoder.layers:
             attention = layer.self_attn
             x = layer.input_layernorm(hidden)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -30,6 +29,7 @@ from transformers.utils.output_capturing import capture_outputs
 from ..ops.backend import choose_backend
 from .attention import LawcatAttention
 from .cache import LawcatCache
+from .causal_mask import causal_mask
 from .configuration_lawcat import FULL, LINEAR, LawcatConfig
 from .convolution import CausalConvolution
 from .feature_map import FeatureMap
@@ -261,12 +261,8 @@ class LawcatModel(LawcatPreTrainedModel):
                 is_whole = bool((attention_mask[:, -tokens:] != 0).all())
                 masks[LINEAR] = None if is_whole else attention_mask
         if FULL in types:
-            masks[FULL] = create_causal_mask(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
+            masks[FULL] = causal_mask(
+                self.config, inputs_embeds, attention_mask, past_key_values, position_ids
             )
         return masks
 
