@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lawcat.ops.convolution import causal_conv1d_of_heads
-from lawcat.ops.decay import log_decay_of
-from lawcat.ops.feature_map import hedgehog_feature_map
+from lawcat.bench.mixers import MixerInputs, chunk_gla
+from lawcat.bench.shapes import MixerShape
 from lawcat.ops.fused import linear_attention_mixer
-from lawcat.ops.shapes import repeat_heads
 from lawcat.ops.triton import launch
 from lawcat.ops.triton import mixer as kernels
 from lawcat.ops.triton.configurations import Configuration, Tuning, choose_configuration, sub_block_tokens
@@ -245,13 +244,9 @@ def split(arguments: argparse.Namespace) -> None:
 
 def training(arguments: argparse.Namespace) -> None:
     """Time forward and backward against PyTorch operations and, where it is there, fla's chunk_gla."""
-    try:
-        from fla.ops.gla import chunk_gla
-    except ImportError:
-        chunk_gla = None
+    has_fla = util.find_spec("fla") is not None
+    if not has_fla:
         print("fla is not installed: no figures of chunk_gla")
-    else:
-        compile_candidates_together()
     shapes = [Shape(t, w) for w in arguments.widths for t in arguments.lengths if t <= 32768]
     shapes.append(Shape(1024, 64, batch=16, heads=9, kv_heads=3))  # a training step of SmolLM2-135M
     RESULTS["training"] = []
@@ -262,22 +257,16 @@ def training(arguments: argparse.Namespace) -> None:
         def step(function: Callable[[], Tensor], t: dict[str, Tensor] = tensors, w: Tensor = weights) -> None:
             torch.autograd.grad(function(), list(t.values()), w)
 
-        def with_fla(t: dict[str, Tensor] = tensors) -> Tensor:
-            heads = t["map_weight"].shape[0]
-            k, v, gate = (repeat_heads(t[name], heads) for name in ("k", "v", "gate"))
-            log_decay = log_decay_of(gate, divisor=16.0, min_log_decay=-2.5)
-            q, _ = causal_conv1d_of_heads(t["q"], t["q_taps"])
-            k, _ = causal_conv1d_of_heads(k, t["k_taps"])
-            q, k = (hedgehog_feature_map(x, t["map_weight"]).to(v.dtype) for x in (q, k))
-            ones = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
-            read = chunk_gla(q, k, ones, g=log_decay, scale=1.0)[0]
-            return read[..., :-1] / (read[..., -1:] + 1e-6)
+        def with_fla(t: dict[str, Tensor] = tensors, shape: Shape = shape) -> Tensor:
+            widths = MixerShape("", shape.heads, shape.kv_heads, shape.width, shape.width)
+            tokens = (t[name] for name in ("q", "k", "v", "gate", "q_taps", "k_taps", "map_weight"))
+            return chunk_gla(MixerInputs(widths, *tokens))
 
         calls = {
             "ours": lambda t=tensors: linear_attention_mixer(**t, backend="triton")[0],
             "torch": lambda t=tensors: linear_attention_mixer(**t, backend="torch")[0],
         }
-        if chunk_gla is not None:
+        if has_fla:
             calls["fla"] = with_fla
         row: dict[str, Any] = {"width": shape.width, "tokens": shape.tokens, "batch": shape.batch}
         for name, call in calls.items():
@@ -298,35 +287,6 @@ def training(arguments: argparse.Namespace) -> None:
             "    " + ", ".join(f"{name[:40]} {t}" for name, t in list(row["kernels"].items())[:12]),
             flush=True,
         )
-
-
-def compile_candidates_together() -> None:
-    """Let Triton's autotuner compile what it is to choose from in threads; what it chooses is its own affair.
-
-    One after the other, what fla tries for one shape took more than five minutes.
-    """
-    from concurrent.futures import ThreadPoolExecutor
-
-    from triton.runtime._async_compile import AsyncCompileMode
-    from triton.runtime.autotuner import Autotuner
-
-    prune_configs = Autotuner.prune_configs
-
-    def compile_and_prune(self: Any, kwargs: dict[str, Any]) -> list[Any]:
-        candidates = prune_configs(self, kwargs)
-        start = time.perf_counter()
-        try:
-            with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool):
-                for candidate in candidates:
-                    options = {**kwargs, "warmup": True, **candidate.all_kwargs()}
-                    self.fn.run(*self.nargs.values(), **options)
-        except Exception as error:  # the autotuner skips a candidate that does not compile
-            print(f"  {self.base_fn.__name__}: {type(error).__name__} while compiling ahead", flush=True)
-        seconds = time.perf_counter() - start
-        print(f"  {self.base_fn.__name__}: {len(candidates)} candidates, {seconds:.1f} s", flush=True)
-        return candidates
-
-    Autotuner.prune_configs = compile_and_prune
 
 
 # What the sweep tries: warps, stages, registers. Kernels are timed one by one, so that the i-th of each list

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lawcat.bench import onnx_attention
+from lawcat.bench.autotuning import compile_candidates_together
 from lawcat.bench.limits import timed_backends
 from lawcat.bench.shapes import MixerShape
 from lawcat.ops import gated_linear_attention_reference, gated_linear_attention_step
@@ -264,7 +265,7 @@ def mixers(backends: tuple[str, ...] | None = None) -> list[Mixer]:
             has_backward=False,
         ),
         Mixer("flash-attn", "softmax", False, _flash_attn, _needs_gpu_package("flash_attn")),
-        Mixer("chunk_gla (fla) + torch maps", "linear", False, _chunk_gla, _needs_gpu_package("fla")),
+        Mixer("chunk_gla (fla) + torch maps", "linear", False, chunk_gla, _needs_gpu_package("fla")),
     ]
 
 
@@ -314,12 +315,16 @@ def _flash_attn(inputs: MixerInputs) -> Tensor:
     return output
 
 
-def _chunk_gla(inputs: MixerInputs) -> Tensor:
-    """fla has no normaliser that is gated: it is a column of ones beside v."""
+def chunk_gla(inputs: MixerInputs) -> Tensor:
+    """Return the mixer's output [B, T, H, D] by fla's kernels and PyTorch's convolution and maps.
+
+    fla has no normaliser that is gated: it is a column of ones beside v.
+    """
+    compile_candidates_together()
     q, k, v, decay = operator_inputs(inputs)
     values = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
-    chunk_gla = import_module("fla.ops.gla").chunk_gla
-    read, _ = chunk_gla(q.to(v.dtype), k.to(v.dtype), values, g=decay, scale=1.0)
+    recurrence = import_module("fla.ops.gla").chunk_gla
+    read, _ = recurrence(q.to(v.dtype), k.to(v.dtype), values, g=decay, scale=1.0)
     return (read[..., :-1] / (read[..., -1:] + inputs.shape.eps)).to(v.dtype)  # type: ignore[no-any-return]
 
 
