@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from comparison import assert_near
 from lawcat.ops import causal_conv1d
+from lawcat.ops.convolution import causal_conv1d_of_heads, last_inputs
 
 LENGTHS = (1, 2, 3, 4, 5, 31, 100)
 
@@ -128,6 +129,34 @@ def test_the_state_is_a_copy() -> None:
     x.zero_()
     assert torch.equal(state, before)
     assert state.untyped_storage().nbytes() == state.numel() * 4
+
+
+@pytest.mark.parametrize("taps", [2, 4])
+@pytest.mark.parametrize("tokens", [1, 2, 9])
+@pytest.mark.parametrize("has_state", [False, True])
+def test_several_filters_of_one_head(has_state: bool, tokens: int, taps: int) -> None:
+    """The same as of copies of the head, gradients too, also where the copies began differently."""
+    x = torch.randn(2, tokens, 2, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6 * 3, taps, dtype=torch.float64, requires_grad=True)
+    state = torch.randn(2, 6 * 3, taps - 1, dtype=torch.float64, requires_grad=True) if has_state else None
+    leaves = [x, weight] + ([] if state is None else [state])
+    copies = x.repeat_interleave(3, dim=2)
+    results = [causal_conv1d_of_heads(t, weight, state) for t in (x, copies)]
+    (y, after), (expected, expected_after) = results
+    assert_near(y, expected, 1e-14, "output")
+    assert torch.equal(after, expected_after)
+    factors = torch.randn_like(y)
+    gradients = [torch.autograd.grad((t * factors).sum(), leaves) for t, _ in results]
+    for actual, wanted in zip(*gradients, strict=True):
+        assert_near(actual, wanted, 1e-13, "gradient")
+
+
+@pytest.mark.parametrize("taps", [2, 4])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_the_last_inputs_are_a_copy(tokens: int, taps: int) -> None:
+    last = last_inputs(torch.randn(1, tokens, 2, 3), 2, taps - 1, None)
+    assert last.shape == (1, 6, taps - 1)
+    assert last.untyped_storage().nbytes() == last.numel() * 4
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,13 @@ CASES = (
     MixerCase(33, gate_is_logit=False, normalize=False, min_log_decay=-5.0, gate_scale=3.0),
     MixerCase(33, batch=2, padding=5),
     MixerCase(40, boundaries=(0, 2, 3, 30, 40)),
+    MixerCase(37, heads=8, kv_heads=2, state_heads=4, batch=3, padding=3, taps=8),
+    MixerCase(2, heads=8, kv_heads=2, state_heads=4, batch=2, taps=5),
+    MixerCase(
+        20, heads=4, kv_heads=2, state_heads=4, batch=2, min_log_decay=-30.0, gate_scale=300.0, padding=4
+    ),
+    # More than a segment, with a convolution that reaches from one into the other.
+    MixerCase(1030, heads=4, state_heads=2, feature_dim=4, width=4, batch=2, padding=1026),
 )
 
 

@@ -164,7 +164,7 @@ class LawcatAttention(nn.Module):
             q_taps, k_taps = self._taps()
             output, after, q_inputs, k_inputs = linear_attention_mixer(
                 q,  # [B, T, H, D]
-                k,  # [B, T, G, D]; (2) k, v and the gate are repeated to the state heads N
+                k,  # [B, T, G, D]; (2) k, v and the gate of a head serve N / G state heads
                 v,  # [B, T, G, D]
                 logits,  # no decay when None
                 q_taps=q_taps,  # (3) u_t = sum_i taps[i] q_{t - K + 1 + i}, and the same of k
@@ -212,12 +212,11 @@ class LawcatAttention(nn.Module):
             q, k = self._rotate(q, k, position_embeddings) if near is None else rotated
         if keep is not None:
             q, k = q * keep, k * keep
-        heads = self.num_state_heads
-        k, v, log_decay = (repeat_heads(t, heads) for t in (k, v, log_decay))  # (2) [B, T, N, .]
         q_inputs = k_inputs = None
         if config.use_conv:  # (3)
             q, q_inputs = self.q_conv(q, None if state is None else state.q_inputs)
             k, k_inputs = self.k_conv(k, None if state is None else state.k_inputs)
+        k = repeat_heads(k, self.num_state_heads)  # (2) [B, T, N, D]; a convolution has done it
         q, k = self._features(q, k)  # (4) [B, T, H, F], [B, T, N, F]
         if near is not None:
             k = self._leave_window(k, near, state)
@@ -324,7 +323,8 @@ class LawcatAttention(nn.Module):
         leaving = self.window.leave(features, state)
         if near.log_decay is None:
             return leaving
-        return leaving * repeat_heads(near.log_decay.exp(), self.num_state_heads)
+        by_group = leaving.view(*near.log_decay.shape[:3], -1, leaving.shape[3])  # [B, T, G, N / G, F]
+        return (by_group * near.log_decay.exp()[:, :, :, None]).view(leaving.shape)
 
     def _read_and_update(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, near: Near | None

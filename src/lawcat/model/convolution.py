@@ -39,5 +39,5 @@ class CausalConvolution(nn.Module):
         self.weight.copy_(self.initial_value())
 
     def forward(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Convolve x [B, T, heads, D] and return it with the state [B, C, K-1] for the tokens that follow."""
+        """Return x [B, T, G, D] convolved [B, T, heads, D], and the state [B, C, K-1] for what follows."""
         return causal_conv1d_of_heads(x, self.weight, state)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import BackendError, did_you_mean
 from .chunked import gated_linear_attention_chunked
 from .reference import gated_linear_attention_reference
-from .shapes import check_attention_inputs, check_log_decay
+from .shapes import check_attention_inputs, check_log_decay, repeat_heads
 from .triton import support
 
 ENVIRONMENT_VARIABLE = "LAWCAT_BACKEND"
@@ -179,8 +179,8 @@ def gated_linear_attention(
     Args:
         q: Query features [B, T, H, F]; query head h reads state head ``h // (H / N)``.
         k: Key features [B, T, N, F].
-        v: Values [B, T, N, D].
-        log_decay: Natural logarithm of the decay a, at most 0: [B, T, N, F], or [B, T, N, 1] for one a head.
+        v: Values [B, T, G, D]; state head n takes in those of head ``n // (N / G)``.
+        log_decay: Natural logarithm of the decay a, at most 0: [B, T, G, F], or [B, T, G, 1] for one a head.
         initial_state: State before the first token [B, N, F, D + 1]; zeros when None.
         normalize: Divide by the decayed sum of weights z, else return n.
         eps: Added to z before dividing, above 0.
@@ -249,6 +249,8 @@ def _run_kernels(
         lowest, highest = (bound.item() for bound in torch.aminmax(log_decay.detach()))
         check_log_decay(highest)
         min_log_decay = lowest
+    # The kernels share values and decays only where they make the features themselves.
+    v, log_decay = (repeat_heads(t, k.shape[2]) for t in (v, log_decay))
     inputs = MixerInputs(
         q=q, k=k, v=v, gate=log_decay, initial_state=initial_state, num_state_heads=k.shape[2]
     )  # fmt: skip

@@ -9,14 +9,22 @@ i of the same chunk is ``sum_f q_if k_jf exp(b_if - b_jf)``. It is computed as o
 b, so that both exponents stay within half that range. A chunk may decay by at most ``exp(-80)`` in all, which
 bounds the factors by ``exp(40)``: far from what a float32 holds (``exp(88)``) also for large values,
 gradients and their sums, and far from the denormal numbers, which processors are slow at. Where log-decays
-are stronger than that allows, a slower form (``_chunk_pairwise``) sums the exponents pair by pair and cannot
+are stronger than that allows, a slower form (``_pairwise``) sums the exponents pair by pair and cannot
 overflow: exact for any ``log_decay <= 0``.
+
+State heads that share values and decays are taken one after the other, and so are the query heads of a state
+head. So values and factors of decay are made once a group and never copied, and what one head needs stays in
+a core's cache: on a CPU new memory costs more than the arithmetic on it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .precision import state_dtype, without_autocast
 from .shapes import check_attention_inputs, check_log_decay
@@ -30,7 +38,7 @@ _PAIRWISE_CHUNK_TOKENS = 16
 # keeps the infinite ones (a reset of the state) out of the sums.
 _LOG_OF_ZERO = {torch.float32: -110.0, torch.float64: -750.0}
 # Longer inputs are taken in segments: the temporaries of about 1,000 tokens still fit in a core's cache.
-_SEGMENT_TOKENS = 1024
+SEGMENT_TOKENS = 1024
 
 
 def gated_linear_attention_chunked(
@@ -49,8 +57,8 @@ def gated_linear_attention_chunked(
     Args:
         q: Query features [B, T, H, F]; query head h reads state head ``h // (H / N)``.
         k: Key features [B, T, N, F].
-        v: Values [B, T, N, D].
-        log_decay: Natural logarithm of the decay, at most 0: [B, T, N, F], or [B, T, N, 1] for one a head.
+        v: Values [B, T, G, D]; state head n takes in those of head ``n // (N / G)``.
+        log_decay: Natural logarithm of the decay, at most 0: [B, T, G, F], or [B, T, G, 1] for one a head.
         initial_state: State before the first token [B, N, F, D + 1]; zeros when None.
         normalize: Divide by the decayed sum of weights, else return the plain sum.
         eps: Added to that sum before dividing, above 0.
@@ -61,142 +69,288 @@ def gated_linear_attention_chunked(
         ``o`` [B, T, H, D] in v's dtype, and the state [B, N, F, D + 1] in float32 (float64 when an input is).
 
     Raises:
-        ValueError: when shapes or devices do not fit together, or a log_decay that is looked at is above 0.
+        ValueError: when shapes or devices do not fit together, or, without a bound, a log_decay is above 0.
 
     Source: equations 5 and 6 of LAWCAT (arXiv 2509.18467); the chunked form of linear attention with decay is
         that of GLA (arXiv 2312.06635), here with the normaliser as one more column of the state.
     """
     check_attention_inputs(q, k, v, log_decay, initial_state, eps)
-    batch, tokens, num_query_heads, feature_dim = q.shape
-    num_state_heads, value_dim = v.shape[2:]
     dtype = state_dtype(q, k, v, log_decay, initial_state)
-    state = v.new_zeros(batch, num_state_heads, feature_dim, value_dim + 1, dtype=dtype)
-    if initial_state is not None:
-        state = initial_state.to(dtype)
-    if log_decay.numel() == 0:
-        return v.new_zeros(batch, tokens, num_query_heads, value_dim), state
-
-    chunk = None if min_log_decay is None else _factored_chunk(min_log_decay, tokens)
-    # A compiled graph cannot depend on the data: with a bound that is too low for factors it takes pairs.
-    if chunk is None and (min_log_decay is None or not torch.compiler.is_compiling()):
-        lowest, highest = (bound.item() for bound in torch.aminmax(log_decay.detach()))
+    if min_log_decay is None and log_decay.numel():
+        min_log_decay, highest = (bound.item() for bound in torch.aminmax(log_decay.detach()))
         check_log_decay(highest)
-        chunk = _factored_chunk(lowest, tokens)
-    if chunk is None:
-        log_decay = log_decay.to(dtype).clamp(min=_LOG_OF_ZERO[dtype])
+    batch, tokens, num_query_heads, feature_dim = q.shape
+    groups, value_dim = v.shape[2:]
+    shape = AttentionShape(batch, tokens, num_query_heads, feature_dim, k.shape[2], groups, value_dim)
+    recurrence = ChunkedRecurrence(shape, v, initial_state, dtype, normalize, eps, min_log_decay)
+    if not shape.is_empty:
+        with without_autocast(v):
+            parts = (torch.split(t, SEGMENT_TOKENS, dim=1) for t in (q, k, v, log_decay))
+            for q_part, k_part, v_part, decay_part in zip(*parts, strict=True):
+                recurrence.begin(v_part, decay_part)
+                by_state_head = zip(shape.by_head(k_part), shape.by_head(q_part), strict=True)
+                for (keys,), queries in by_state_head:
+                    recurrence.take_in(keys.permute(2, 0, 1, 3))
+                    for query in queries:
+                        recurrence.read(query.permute(2, 0, 1, 3))
+    return recurrence.result()
 
-    outputs = []
-    with without_autocast(v):
-        for start in range(0, tokens, _SEGMENT_TOKENS):
-            stop = min(start + _SEGMENT_TOKENS, tokens)
-            q_part, k_part, v_part, decay_part = (t[:, start:stop].to(dtype) for t in (q, k, v, log_decay))
-            output, state = _segment(q_part, k_part, v_part, decay_part, state, chunk, normalize, eps)
-            outputs.append(output.to(v.dtype))
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), state
+
+class AttentionShape(NamedTuple):
+    """Sizes, as in the legend; P = N / G state heads share a head of v and the decay.
+
+    Attributes:
+        batch: B.
+        tokens: T.
+        num_query_heads: H.
+        feature_dim: F.
+        num_state_heads: N.
+        groups: G.
+        value_dim: D.
+    """
+
+    batch: int
+    tokens: int
+    num_query_heads: int
+    feature_dim: int
+    num_state_heads: int
+    groups: int
+    value_dim: int
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to compute."""
+        return 0 in self
+
+    def by_head(self, t: Tensor) -> list[tuple[Tensor, ...]]:
+        """Return t [B, T, heads, W] as views [B, T, G, W]: for each of P state heads, those of its heads."""
+        copies = self.num_state_heads // self.groups
+        by_state_head = t.reshape(*t.shape[:2], self.groups, copies, -1, t.shape[3]).unbind(3)
+        return [of_state_head.unbind(3) for of_state_head in by_state_head]
+
+
+class ChunkedRecurrence:
+    """Outputs and states of a sequence that comes segment by segment, and of each head by head.
+
+    Of each segment: ``begin``, then for each of the P state heads of a group ``take_in`` and, for each of its
+    R query heads, ``read``.
+
+    Args:
+        shape: Of the whole.
+        v: Values, for their device and dtype.
+        initial_state: [B, N, F, D + 1]; zeros when None.
+        dtype: Of all arithmetic.
+        normalize: As in ``gated_linear_attention_chunked``.
+        eps: As there.
+        min_log_decay: As there.
+    """
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        v: Tensor,
+        initial_state: Tensor | None,
+        dtype: torch.dtype,
+        normalize: bool,
+        eps: float,
+        min_log_decay: float | None,
+    ) -> None:
+        self.shape, self.dtype, self.output_dtype = shape, dtype, v.dtype
+        self.normalize, self.eps, self.min_log_decay = normalize, eps, min_log_decay
+        if initial_state is None:
+            size = (shape.batch, shape.num_state_heads, shape.feature_dim, shape.value_dim + 1)
+            initial_state = v.new_zeros(size, dtype=dtype)
+        self._initial_state = initial_state.to(dtype)
+        self._states: list[Tensor] = []  # of each of P state heads [G, B, F, D+1]
+        if not shape.is_empty:
+            state = self._initial_state
+            by_group = state.view(shape.batch, shape.groups, -1, *state.shape[2:])
+            self._states = list(by_group.transpose(0, 1).unbind(2))
+        self._segments: list[list[Tensor]] = []  # outputs by head [B, T, G, D]
+
+    def begin(self, v: Tensor, log_decay: Tensor, keep: Tensor | None = None) -> None:
+        """Start with the next T tokens.
+
+        Args:
+            v: [B, T, G, D].
+            log_decay: [B, T, G, F or 1].
+            keep: [B, T], 0 for keys that are not taken in; None where all are.
+        """
+        v, log_decay = (t.permute(2, 0, 1, 3).to(self.dtype) for t in (v, log_decay))  # [G, B, T, .]
+        values = torch.cat([v, v.new_ones(()).expand(*v.shape[:-1], 1)], dim=-1)
+        if keep is not None:
+            keep = keep.to(self.dtype)[None, :, :, None]
+        self._chunks = _chunks(values, log_decay, keep, self.min_log_decay)
+        self._length, self._next = v.shape[2], 0
+        self._segments.append([])
+
+    def take_in(self, keys: Tensor) -> None:
+        """Bring the next state head of each group up to date by its key features [G, B, T, F]."""
+        self._read, self._states[self._next] = self._chunks.take_in(keys, self._states[self._next])
+        self._next += 1
+
+    def read(self, queries: Tensor) -> None:
+        """Note the output of the next query head of that state head, by its features [G, B, T, F]."""
+        sums = self._read(queries)  # [G * B * M, C, D+1]
+        output = sums[..., :-1]
+        if self.normalize:
+            output = output / (sums[..., -1:] + self.eps)
+        shape = self.shape
+        output = output.to(self.output_dtype).reshape(shape.groups, shape.batch, -1, shape.value_dim)
+        self._segments[-1].append(output[:, :, : self._length].permute(1, 2, 0, 3))
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Return the output [B, T, H, D] in v's dtype, and the state [B, N, F, D + 1]."""
+        if self.shape.is_empty:
+            return self._initial_state.new_zeros(
+                *self.shape[:3], self.shape.value_dim, dtype=self.output_dtype
+            ), self._initial_state
+        outputs = [torch.stack(heads, dim=3).flatten(2, 3) for heads in self._segments]
+        state = torch.stack([state.transpose(0, 1) for state in self._states], dim=2).flatten(1, 2)
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), state
+
+
+# Takes features of queries [G, B, T, F] and returns the sums [G * B * M, C, D + 1].
+Read = Callable[[Tensor], Tensor]
+
+
+def _chunks(
+    values: Tensor, log_decay: Tensor, keep: Tensor | None, min_log_decay: float | None
+) -> _Factored | _Pairwise:
+    """Cut a segment into the longest chunks that its decays allow.
+
+    Args:
+        values: With their column of ones [G, B, T, D + 1].
+        log_decay: [G, B, T, F or 1].
+        keep: [1, B, T, 1], 0 for keys that are not taken in.
+        min_log_decay: As in the public function.
+    """
+    tokens = values.shape[2]
+    size = _factored_chunk(-torch.inf if min_log_decay is None else min_log_decay, tokens)
+    # A compiled graph cannot depend on the data: with a bound that is too low for factors it takes pairs.
+    if size is None and not (torch.compiler.is_compiling() or values.is_meta):
+        size = _factored_chunk(log_decay.detach().min().item(), tokens)
+    if size is not None:
+        return _Factored(values, torch.cumsum(_by_chunk(log_decay, size), dim=-2), keep)
+    log_decay = _by_chunk(
+        log_decay.clamp(min=_LOG_OF_ZERO[values.dtype]), min(_PAIRWISE_CHUNK_TOKENS, tokens)
+    )
+    return _Pairwise(values, log_decay, keep)
 
 
 def _factored_chunk(lowest: float, tokens: int) -> int | None:
     """Return the tokens of a chunk whose log-decays are ``lowest`` or above, None where none holds them."""
     for chunk in _FACTORED_CHUNK_TOKENS:
-        if -lowest * min(chunk, tokens) <= _MAX_CHUNK_DECAY:
-            return chunk
+        size = min(chunk, tokens)
+        if -lowest * size <= _MAX_CHUNK_DECAY:
+            return size
     return None
 
 
-def _segment(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    state: Tensor,
-    factored_chunk: int | None,
-    normalize: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """One segment, whose tokens are cut into chunks; shapes as in the public function."""
-    batch, tokens, num_query_heads, feature_dim = q.shape
-    num_state_heads, value_dim = v.shape[2:]
-    group = num_query_heads // num_state_heads
-    chunk = min(factored_chunk or _PAIRWISE_CHUNK_TOKENS, tokens)
-    num_chunks = -(-tokens // chunk)
-    padding = num_chunks * chunk - tokens
-    if padding:  # k = 0 adds nothing and log_decay = 0 keeps the state
-        q, k, v, log_decay = (
-            torch.nn.functional.pad(t, (0, 0, 0, 0, 0, padding)) for t in (q, k, v, log_decay)
-        )
+def _by_chunk(t: Tensor, size: int) -> Tensor:
+    """Return t [G, B, T, W] as chunks [G, B, M, C, W], filled up with zeros.
 
-    def by_chunk(t: Tensor) -> Tensor:
-        return t.reshape(batch, num_chunks, chunk, num_state_heads, t.shape[-1]).permute(0, 3, 1, 2, 4)
-
-    k, log_decay = by_chunk(k), by_chunk(log_decay)  # [B, N, M, C, F]
-    ones = v.new_ones(()).expand(*v.shape[:-1], 1)
-    values = by_chunk(torch.cat([v, ones], dim=-1)).contiguous()  # [B, N, M, C, D+1]
-    q = q.reshape(batch, num_chunks, chunk, num_state_heads, group, feature_dim)
-    q = q.permute(0, 3, 1, 4, 2, 5)  # [B, N, M, R, C, F]
-
-    form = _chunk_factored if factored_chunk else _chunk_pairwise
-    weights, q_of_state, k_to_state, decay = form(q, k, log_decay)
-    updates = k_to_state.transpose(-1, -2) @ values  # [B, N, M, F, D+1]
-    # unbind, not indexing: the gradient of each index would be zeros of the size of all chunks.
-    states = []  # before each chunk, [B, N, F, D+1]
-    for update, chunk_decay in zip(updates.unbind(2), decay[..., None].unbind(2), strict=True):
-        states.append(state)
-        state = torch.addcmul(update, state, chunk_decay)
-    read = weights.flatten(3, 4) @ values  # [B, N, M, R*C, D+1]
-    read = read + q_of_state.flatten(3, 4) @ torch.stack(states, dim=2)
-    output = read[..., :-1]
-    if normalize:
-        output = output / (read[..., -1:] + eps)
-    output = output.reshape(batch, num_state_heads, num_chunks, group, chunk, value_dim)
-    output = output.permute(0, 2, 4, 1, 3, 5).reshape(batch, num_chunks * chunk, num_query_heads, value_dim)
-    return output[:, :tokens], state
+    As keys they add nothing, and as log-decays they keep the state.
+    """
+    if padding := -t.shape[2] % size:
+        t = F.pad(t, (0, 0, 0, padding))
+    groups, batch, _, width = t.shape
+    return t.reshape(groups, batch, -1, size, width)
 
 
-ChunkForm = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def _chunk_factored(q: Tensor, k: Tensor, log_decay: Tensor) -> ChunkForm:
-    """Weights by one matrix product of factors around the middle of the decay.
+class _Factored:
+    """Chunks whose weights are one matrix product of factors around the middle of the decay.
 
     Args:
-        q: [B, N, M, R, C, F].
-        k: [B, N, M, C, F].
-        log_decay: [B, N, M, C, F] or [B, N, M, C, 1].
-
-    Returns:
-        The lower-triangular weights [B, N, M, R, C, C]; q decayed since the chunk's start, for reading the
-        state; k decayed to the chunk's end, for adding to it; and the decay over the chunk [B, N, M, F or 1].
+        values: With their column of ones [G, B, T, D + 1].
+        total: Log-decays summed from a chunk's start [G, B, M, C, F or 1].
+        keep: [1, B, T, 1], 0 for keys that are not taken in.
     """
-    total = torch.cumsum(log_decay, dim=-2)  # [B, N, M, C, F]
-    end = total[..., -1:, :]
-    # The weights are the same for any reference point: what reaches it of the gradient is rounding noise.
-    reference = end.detach() / 2
-    from_reference = total - reference
-    q = q * torch.exp(from_reference)[:, :, :, None]  # [B, N, M, R, C, F]
-    k = k * torch.exp(-from_reference)
-    weights = _lower_triangle((q.flatten(3, 4) @ k.transpose(-1, -2)).reshape(*q.shape[:-1], -1))
-    first_half, second_half = torch.exp(reference), torch.exp(end - reference)  # [B, N, M, 1, F]
-    return weights, q * first_half[:, :, :, None], k * second_half, (first_half * second_half)[..., 0, :]
+
+    def __init__(self, values: Tensor, total: Tensor, keep: Tensor | None) -> None:
+        self.size = total.shape[3]
+        self.values = _by_chunk(values, self.size).flatten(0, 2)  # [G * B * M, C, D+1]
+        end = total[..., -1:, :]
+        # The weights are the same for any reference point: what reaches it of the gradient is rounding noise.
+        reference = end.detach() / 2
+        self.growth = torch.exp(total - reference)
+        self.shrink = self.growth.reciprocal()
+        if keep is not None:
+            self.shrink = self.shrink * _by_chunk(keep, self.size)
+        # [G, B, F or 1, 1] for each chunk. Not their product, which would save a multiplication a chunk: its
+        # gradient would be that of two numbers of the size of exp(40) or more.
+        self.to_reference, self.to_end = (
+            torch.exp(t).transpose(-1, -2).unbind(2) for t in (reference, end - reference)
+        )
+
+    def take_in(self, keys: Tensor, state: Tensor) -> tuple[Read, Tensor]:
+        """Return what reads keys [G, B, T, F] and the state [G, B, F, D + 1], and the state after them."""
+        k = self._rows(self.shrink, keys)
+        values = self.values
+        updates = torch.bmm(k.transpose(1, 2), values)  # [G * B * M, F, D+1]
+        updates = updates.view(*state.shape[:2], -1, *state.shape[2:])
+        before = []  # as the queries' factors read a state: times exp(reference)
+        # unbind, not indexing: the gradient of each index would be zeros of the size of all chunks.
+        chunks = zip(updates.unbind(2), self.to_reference, self.to_end, strict=True)
+        for update, to_reference, to_end in chunks:
+            scaled = state * to_reference
+            before.append(scaled)
+            state = (scaled + update) * to_end
+        states = torch.stack(before, dim=2).flatten(0, 2)  # [G * B * M, F, D+1]
+
+        def read(queries: Tensor) -> Tensor:
+            q = self._rows(self.growth, queries)
+            # Not a product with a 0/1 mask: weights of later tokens may be infinite, and 0 * inf is NaN.
+            weights = torch.bmm(q, k.transpose(1, 2)).tril_()
+            return torch.bmm(q, states).baddbmm_(weights, values)
+
+        return read, state
+
+    def _rows(self, factors: Tensor, features: Tensor) -> Tensor:
+        """Return features times factors [G * B * M, C, F]."""
+        # The order of the operands matters: the product is laid out as the first is, so nothing is copied.
+        return (factors * _by_chunk(features, self.size)).flatten(0, 2)
 
 
-def _chunk_pairwise(q: Tensor, k: Tensor, log_decay: Tensor) -> ChunkForm:
-    """The same from exponents of pairs, none above 0: for decays that the factors cannot hold."""
-    chunk = q.shape[-2]
-    # Sums over the tokens after j up to i, each computed by itself: differences of one running sum would lose
-    # the small decays beside the large.
-    later = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril(-1)  # [t, j]: t after j
-    spread = torch.where(later[..., None], log_decay[..., :, None, :], 0.0)  # [B, N, M, t, j, F]
-    between = torch.cumsum(spread, dim=-3)  # [B, N, M, i, j, F]
-    reach = torch.where(later.T.logical_not()[..., None], between.exp(), 0.0)  # i at or after j
-    weights = torch.einsum("bnmrif,bnmijf,bnmjf->bnmrij", q, reach.expand(*reach.shape[:-1], q.shape[-1]), k)
-    from_start = torch.cumsum(log_decay, dim=-2).exp()  # [B, N, M, C, F]
-    to_end = between[..., -1, :, :].exp()  # [B, N, M, C, F]
-    return weights, q * from_start[:, :, :, None], k * to_end, from_start[..., -1, :]
+class _Pairwise:
+    """The same from exponents of pairs, none above 0: for decays that the factors cannot hold.
 
+    Args:
+        values: With their column of ones [G, B, T, D + 1].
+        log_decay: [G, B, M, C, F or 1], finite.
+        keep: [1, B, T, 1], 0 for keys that are not taken in.
+    """
 
-def _lower_triangle(weights: Tensor) -> Tensor:
-    """Zero the weights [..., C, C] of later tokens."""
-    chunk = weights.shape[-1]
-    later = torch.ones(chunk, chunk, dtype=torch.bool, device=weights.device).triu(1)
-    # Not a product with a 0/1 mask: weights of later tokens may be infinite, and 0 * inf is NaN.
-    return weights.masked_fill(later, 0.0)
+    def __init__(self, values: Tensor, log_decay: Tensor, keep: Tensor | None) -> None:
+        self.size = size = log_decay.shape[3]
+        self.values = _by_chunk(values, size)
+        self.keep = None if keep is None else _by_chunk(keep, size)
+        # Sums over the tokens after j up to i, each computed by itself: differences of one running sum would
+        # lose the small decays beside the large.
+        later = torch.ones(size, size, dtype=torch.bool, device=values.device).tril(-1)  # [t, j]: t after j
+        spread = torch.where(later[..., None], log_decay[..., :, None, :], 0.0)  # [G, B, M, t, j, F]
+        between = torch.cumsum(spread, dim=-3)  # [G, B, M, i, j, F]
+        self.reach = torch.where(later.T.logical_not()[..., None], between.exp(), 0.0)  # i at or after j
+        self.from_start = torch.cumsum(log_decay, dim=-2).exp()  # [G, B, M, C, F]
+        self.to_end = between[..., -1, :, :].exp()
+
+    def take_in(self, keys: Tensor, state: Tensor) -> tuple[Read, Tensor]:
+        """Return what reads keys [G, B, T, F] and the state [G, B, F, D + 1], and the state after them."""
+        k = _by_chunk(keys.to(self.values.dtype), self.size)
+        if self.keep is not None:
+            k = k * self.keep
+        updates = (k * self.to_end).transpose(-1, -2) @ self.values
+        before = []
+        decays = self.from_start[..., -1, :, None].unbind(2)
+        for update, decay in zip(updates.unbind(2), decays, strict=True):
+            before.append(state)
+            state = torch.addcmul(update, state, decay)
+        states = torch.stack(before, dim=2)  # [G, B, M, F, D+1]
+
+        def read(queries: Tensor) -> Tensor:
+            q = _by_chunk(queries.to(self.values.dtype), self.size)
+            reach = self.reach.expand(*self.reach.shape[:-1], q.shape[-1])
+            weights = torch.einsum("gbmif,gbmijf,gbmjf->gbmij", q, reach, k)
+            return (weights @ self.values + (q * self.from_start) @ states).flatten(0, 2)
+
+        return read, state

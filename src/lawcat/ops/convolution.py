@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .precision import at_least_float32
 
@@ -62,14 +65,84 @@ def causal_conv1d(x: Tensor, weight: Tensor, initial_state: Tensor | None = None
 def causal_conv1d_of_heads(
     x: Tensor, weight: Tensor, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return ``causal_conv1d`` of x [B, T, heads, D] in x's shape, and the state.
+    """Return ``causal_conv1d`` of x [B, T, G, D] by the filters of as many heads or more, and the state.
 
-    The filters are taken in float32 at least.
+    The filters are taken in float32 at least. Those of head n filter head ``n // (heads / G)`` of x, which is
+    not copied for each.
 
     Args:
-        x: [B, T, heads, D].
+        x: [B, T, G, D].
         weight: One filter a channel [heads * D, K].
         initial_state: [B, heads * D, K - 1]; zeros when None.
+
+    Returns:
+        [B, T, heads, D], and the state [B, heads * D, K - 1].
     """
-    y, state = causal_conv1d(x.flatten(2), at_least_float32(weight), initial_state)
-    return y.view(x.shape), state
+    batch, tokens, groups, width = x.shape
+    heads, taps = weight.shape[0] // width, weight.shape[1]
+    weight = at_least_float32(weight)
+    if heads == groups:
+        y, state = causal_conv1d(x.flatten(2), weight, initial_state)
+        return y.view(x.shape), state
+    kept = taps - 1
+    state = last_inputs(x, heads, kept, initial_state)
+    filters = weight.to(torch.promote_types(x.dtype, weight.dtype)).view(groups, heads // groups, width, taps)
+
+    def filtered(extended: Tensor) -> Tensor:  # [B, K-1+T, G, P or 1, D]
+        length = extended.shape[1] - kept
+        y = extended[:, kept:] * filters[..., kept]
+        for tap in range(kept):
+            y.addcmul_(extended[:, tap : tap + length], filters[..., tap])
+        return y
+
+    y = filtered(functional.pad(x.to(filters.dtype)[:, :, :, None], (0, 0, 0, 0, 0, 0, kept, 0)))
+    if initial_state is not None:
+        earlier = initial_state.to(filters.dtype).view(batch, groups, -1, width, kept).permute(0, 4, 1, 2, 3)
+        reached = min(kept, tokens)
+        y[:, :reached] += filtered(functional.pad(earlier, (0, 0, 0, 0, 0, 0, 0, reached)))
+    return y.flatten(2, 3), state
+
+
+def last_inputs(
+    x: Tensor,
+    heads: int,
+    kept: int,
+    before: Tensor | None,
+    mask: Tensor | None = None,
+    boundaries: tuple[int, ...] | None = None,
+) -> Tensor:
+    """Return the last inputs of a convolution [S, heads * D, kept], oldest first.
+
+    Args:
+        x: [B, T, G, D], of which each head stands for ``heads / G``.
+        heads: Of the convolution.
+        kept: How many, K - 1.
+        before: Those before the first token [S, heads * D, kept]; zeros when None.
+        mask: [B, T], 0 for padding, which counts as zeros.
+        boundaries: Where the sequences of a packed batch start, and the end.
+    """
+    if boundaries is not None:
+        parts = [
+            last_inputs(
+                x[:, a:b], heads, kept, None if before is None else before[s : s + 1],
+                None if mask is None else mask[:, a:b], None,
+            )
+            for s, (a, b) in enumerate(itertools.pairwise(boundaries))
+        ]  # fmt: skip
+        return torch.cat(parts)
+    batch, tokens, groups, width = x.shape
+    first = max(0, tokens - kept)
+    last = x[:, first:]
+    if mask is not None:
+        last = last * mask[:, first:, None, None].to(x.dtype)
+    last = last.permute(0, 2, 3, 1)  # [B, G, D, tokens]
+    if groups != heads:
+        last = last[:, :, None].expand(-1, -1, heads // groups, -1, -1)
+    last = last.reshape(batch, heads * width, tokens - first)
+    missing = kept - tokens + first
+    if missing:
+        shape = (batch, heads * width, missing)
+        earlier = x.new_zeros(shape) if before is None else before[:, :, -missing:].to(x.dtype)
+        return torch.cat([earlier, last], dim=2)
+    # Not a view, which would hold all of x in memory.
+    return last.clone(memory_format=torch.contiguous_format)

@@ -32,6 +32,11 @@ def hedgehog_feature_map(u: Tensor, weight: Tensor) -> Tensor:
     grouped = at_least_float32(u).reshape(batch, tokens, num_heads, heads // num_heads, head_dim)
     grouped = grouped.permute(2, 0, 3, 1, 4).reshape(num_heads, -1, head_dim)
     projected = torch.bmm(grouped, at_least_float32(weight))  # [N, B * R * T, F/2]
-    features = torch.cat([projected.softmax(-1), (-projected).softmax(-1)], dim=-1)
-    features = features.view(num_heads, batch, heads // num_heads, tokens, 2 * half).permute(1, 3, 0, 2, 4)
+    features = features_of(projected).view(num_heads, batch, heads // num_heads, tokens, 2 * half)
+    features = features.permute(1, 3, 0, 2, 4)
     return features.reshape(batch, tokens, heads, 2 * half)
+
+
+def features_of(projected: Tensor) -> Tensor:
+    """Return the features [..., F] of what a map projects to, [..., F / 2]."""
+    return torch.cat([projected.softmax(-1), (-projected).softmax(-1)], dim=-1)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from .backend import choose_backend, count_call, gated_linear_attention, kernels_or_torch
-from .convolution import causal_conv1d_of_heads
+from .convolution import causal_conv1d_of_heads, last_inputs
 from .decay import log_decay_of
 from .feature_map import hedgehog_feature_map
+from .mixer_chunked import linear_attention_mixer_chunked
 from .precision import without_autocast
 from .shapes import check_dtypes, check_eps, check_log_decay, check_shapes, repeat_heads
 from .triton import support
@@ -119,30 +120,59 @@ def linear_attention_mixer(
             min_log_decay=min_log_decay, normalize=normalize, eps=eps, keep_inputs=keep_inputs, backend=name,
         )  # fmt: skip
     with without_autocast(q):
-        log_decay = gate
-        if gate_is_logit:
-            log_decay = log_decay_of(gate, gate_divisor, min_log_decay)
-        state_heads = map_weight.shape[0]
-        k, v, log_decay = (repeat_heads(t, state_heads) for t in (k, v, log_decay))
-        keep = None
-        if mask is not None:
-            keep = mask[:, :, None, None].to(q.dtype)
-            q, k, log_decay = q * keep, k * keep, log_decay * keep
-        if q_taps is not None:
-            assert k_taps is not None
-            q, q_inputs = causal_conv1d_of_heads(q, q_taps, q_inputs)
-            k, k_inputs = causal_conv1d_of_heads(k, k_taps, k_inputs)
-        if q_taps is None or not keep_inputs:
-            q_inputs = k_inputs = None
-        q, k = hedgehog_feature_map(q, map_weight), hedgehog_feature_map(k, map_weight)
-        if keep is not None:
-            k = k * keep
-        output, state = gated_linear_attention(
-            q, k, v, log_decay,
-            initial_state=initial_state, normalize=normalize, eps=eps, min_log_decay=min_log_decay,
-            backend=name,
+        run = _by_the_definition if name == "reference" else linear_attention_mixer_chunked
+        if name != "reference":
+            count_call("recurrence", "torch")
+        output, state = run(
+            q, k, v, gate, map_weight, q_taps=q_taps, k_taps=k_taps, gate_is_logit=gate_is_logit,
+            gate_divisor=gate_divisor, min_log_decay=min_log_decay, initial_state=initial_state,
+            q_inputs=q_inputs, k_inputs=k_inputs, mask=mask, normalize=normalize, eps=eps,
         )  # fmt: skip
+        if q_taps is None or not keep_inputs:
+            return output, state, None, None
+        kept = q_taps.shape[1] - 1
+        q_inputs = last_inputs(q, q.shape[2], kept, q_inputs, mask)
+        k_inputs = last_inputs(k, map_weight.shape[0], kept, k_inputs, mask)
     return output, state, q_inputs, k_inputs
+
+
+def _by_the_definition(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    map_weight: Tensor,
+    *,
+    q_taps: Tensor | None,
+    k_taps: Tensor | None,
+    gate_is_logit: bool,
+    gate_divisor: float,
+    min_log_decay: float,
+    initial_state: Tensor | None,
+    q_inputs: Tensor | None,
+    k_inputs: Tensor | None,
+    mask: Tensor | None,
+    normalize: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The equations one after the other, and the recurrence token by token."""
+    log_decay = log_decay_of(gate, gate_divisor, min_log_decay) if gate_is_logit else gate
+    keep = None
+    if mask is not None:
+        keep = mask[:, :, None, None].to(q.dtype)
+        q, k, log_decay = q * keep, k * keep, log_decay * keep
+    k = repeat_heads(k, map_weight.shape[0])
+    if q_taps is not None:
+        assert k_taps is not None
+        q, _ = causal_conv1d_of_heads(q, q_taps, q_inputs)
+        k, _ = causal_conv1d_of_heads(k, k_taps, k_inputs)
+    q, k = hedgehog_feature_map(q, map_weight), hedgehog_feature_map(k, map_weight)
+    if keep is not None:
+        k = k * keep
+    return gated_linear_attention(
+        q, k, v, log_decay,
+        initial_state=initial_state, normalize=normalize, eps=eps, backend="reference",
+    )  # fmt: skip
 
 
 def _check(
@@ -263,44 +293,9 @@ def _run_kernels(
         q_inputs = k_inputs = None
     elif q_taps is not None:
         kept = q_taps.shape[1] - 1
-        q_inputs = _last_inputs(q, q.shape[2], kept, q_inputs, mask, boundaries)
-        k_inputs = _last_inputs(k, state_heads, kept, k_inputs, mask, boundaries)
+        q_inputs = last_inputs(q, q.shape[2], kept, q_inputs, mask, boundaries)
+        k_inputs = last_inputs(k, state_heads, kept, k_inputs, mask, boundaries)
     return output, state, q_inputs, k_inputs
-
-
-def _last_inputs(
-    x: Tensor,
-    heads: int,
-    kept: int,
-    before: Tensor | None,
-    mask: Tensor | None,
-    boundaries: tuple[int, ...] | None,
-) -> Tensor:
-    """Return the last inputs of a convolution [S, heads * D, kept], oldest first."""
-    if boundaries is not None:
-        parts = [
-            _last_inputs(
-                x[:, a:b], heads, kept, None if before is None else before[s : s + 1],
-                None if mask is None else mask[:, a:b], None,
-            )
-            for s, (a, b) in enumerate(itertools.pairwise(boundaries))
-        ]  # fmt: skip
-        return torch.cat(parts)
-    batch, tokens, groups, width = x.shape
-    first = max(0, tokens - kept)
-    last = x[:, first:]
-    if mask is not None:
-        last = last * mask[:, first:, None, None].to(x.dtype)
-    last = last.permute(0, 2, 3, 1)  # [B, G, D, tokens]
-    if groups != heads:
-        last = last[:, :, None].expand(-1, -1, heads // groups, -1, -1)
-    last = last.reshape(batch, heads * width, tokens - first)
-    missing = kept - tokens + first
-    if missing:
-        shape = (batch, heads * width, missing)
-        earlier = x.new_zeros(shape) if before is None else before[:, :, -missing:].to(x.dtype)
-        last = torch.cat([earlier, last], dim=2)
-    return last.contiguous()
 
 
 def _packed_by_sequence(

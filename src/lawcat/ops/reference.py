@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .precision import state_dtype, without_autocast
-from .shapes import check_attention_inputs, check_log_decay
+from .shapes import check_attention_inputs, check_log_decay, repeat_heads
 
 
 def gated_linear_attention_reference(
@@ -28,8 +28,8 @@ def gated_linear_attention_reference(
     Args:
         q: Query features [B, T, H, F]; query head h reads state head ``h // (H / N)``.
         k: Key features [B, T, N, F].
-        v: Values [B, T, N, D].
-        log_decay: Natural logarithm of the decay, at most 0: [B, T, N, F], or [B, T, N, 1] for one a head.
+        v: Values [B, T, G, D]; state head n takes in those of head ``n // (N / G)``.
+        log_decay: Natural logarithm of the decay, at most 0: [B, T, G, F], or [B, T, G, 1] for one a head.
         initial_state: State before the first token [B, N, F, D + 1]; zeros when None.
         normalize: Divide by the decayed sum of weights (equation 6), else return the plain sum.
         eps: Added to that sum before dividing, above 0.
@@ -54,7 +54,7 @@ def gated_linear_attention_reference(
     if log_decay.numel():
         check_log_decay(log_decay.detach().max().item())
     batch, tokens, num_query_heads, feature_dim = q.shape
-    num_state_heads, value_dim = v.shape[2:]
+    num_state_heads, value_dim = k.shape[2], v.shape[3]
     group = num_query_heads // num_state_heads
 
     dtype = state_dtype(q, k, v, log_decay, initial_state)
@@ -62,6 +62,7 @@ def gated_linear_attention_reference(
     if initial_state is not None:
         state = initial_state.to(dtype)
     output_dtype = v.dtype
+    v, log_decay = (repeat_heads(t, num_state_heads) for t in (v, log_decay))
     q, k, v, decay = q.to(dtype), k.to(dtype), v.to(dtype), log_decay.to(dtype).exp()
     values = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)  # [B, T, N, D+1]
     output = [v.new_zeros(batch, 0, num_query_heads, value_dim)]

@@ -1,8 +1,9 @@
 """What every form of the operator shares: checks of its arguments, and heads that stand for several.
 
 Legend of this package (batch first, one layout everywhere):
-    B batch, T tokens, H query heads, N heads of k, v and the state (N divides H), F feature width,
-    D value width, C channels of a convolution, K its taps, R = H / N query heads that read one state.
+    B batch, T tokens, H query heads, N heads of k's features and of the state (N divides H), G heads of v and
+    the decay (G divides N), F feature width, D value width, C channels of a convolution, K its taps,
+    R = H / N query heads that read one state.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ def check_attention_inputs(
     Args:
         q: [B, T, H, F].
         k: [B, T, N, F].
-        v: [B, T, N, D].
-        log_decay: [B, T, N, F], or [B, T, N, 1] for one decay a head.
+        v: [B, T, G, D].
+        log_decay: [B, T, G, F], or [B, T, G, 1] for one decay a head.
         initial_state: [B, N, F, D + 1] or None.
         eps: Above 0.
     """
@@ -37,16 +38,20 @@ def check_attention_inputs(
     num_state_heads = k.shape[2]
     if k.shape != (batch, tokens, num_state_heads, feature_dim):
         raise ValueError(f"k is {tuple(k.shape)}; with q {tuple(q.shape)} it must be [B, T, N, F].")
-    if v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"v is {tuple(v.shape)}; with k {tuple(k.shape)} it must be [B, T, N, D].")
+    groups = v.shape[2]
+    is_multiple = num_state_heads % groups == 0 if groups else num_state_heads == 0
+    if v.shape[:2] != k.shape[:2] or not is_multiple:
+        raise ValueError(
+            f"v is {tuple(v.shape)}; with k {tuple(k.shape)} it must be [B, T, G, D], and the heads of k a "
+            "multiple of G."
+        )
     if num_state_heads == 0 or num_query_heads % num_state_heads:
         raise ValueError(
             f"q has {num_query_heads} heads, which must be a multiple of the {num_state_heads} of k."
         )
-    if log_decay.shape[:3] != k.shape[:3] or log_decay.shape[3] not in (1, feature_dim):
-        raise ValueError(
-            f"log_decay is {tuple(log_decay.shape)}; it must be like k {tuple(k.shape)} or end in 1."
-        )
+    if log_decay.shape[:3] != v.shape[:3] or log_decay.shape[3] not in (1, feature_dim):
+        wanted = (*v.shape[:3], feature_dim)
+        raise ValueError(f"log_decay is {tuple(log_decay.shape)}; it must be {wanted} or end in 1.")
     state_shape = (batch, num_state_heads, feature_dim, v.shape[3] + 1)
     if initial_state is not None and initial_state.shape != state_shape:
         raise ValueError(

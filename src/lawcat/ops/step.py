@@ -27,8 +27,8 @@ def gated_linear_attention_step(
     Args:
         q: Query features [B, H, F], or [B, 1, H, F] as in the other forms.
         k: Key features [B, N, F], or [B, 1, N, F].
-        v: Values [B, N, D], or [B, 1, N, D].
-        log_decay: At most 0 (not looked at): [B, N, F] or [B, N, 1], or with a token dimension of 1.
+        v: Values [B, G, D], or [B, 1, G, D]; state head n takes in those of head ``n // (N / G)``.
+        log_decay: At most 0 (not looked at): [B, G, F] or [B, G, 1], or with a token dimension of 1.
         initial_state: State before the token [B, N, F, D + 1].
         normalize: Divide by the decayed sum of weights.
         eps: Added to that sum before dividing, above 0.
@@ -55,17 +55,21 @@ def gated_linear_attention_step(
     batch, tokens, num_query_heads, feature_dim = q.shape
     if tokens != 1:
         raise ValueError(f"q has {tokens} tokens; a step takes one. Use gated_linear_attention for more.")
-    num_state_heads, value_dim = v.shape[2:]
+    num_state_heads, (groups, value_dim) = k.shape[2], v.shape[2:]
+    copies = num_state_heads // groups
 
     dtype = state_dtype(q, k, v, log_decay, initial_state)
     queries = q.to(dtype).reshape(batch, num_state_heads, -1, feature_dim)  # [B, N, R, F]
-    keys, values = k[:, 0].to(dtype), v[:, 0].to(dtype)
-    decay = log_decay[:, 0].to(dtype).exp()[..., None]  # [B, N, F or 1, 1]
+    keys = k[:, 0].to(dtype).reshape(batch, groups, copies, feature_dim, 1)  # [B, G, P, F, 1], P = N / G
+    values = v[:, 0].to(dtype)[:, :, None, None]  # [B, G, 1, 1, D]
+    decay = log_decay[:, 0].to(dtype).exp()[:, :, None, :, None]  # [B, G, 1, F or 1, 1]
     with without_autocast(v):
-        state = initial_state.to(dtype) * decay  # [B, N, F, D+1]
+        state = (
+            initial_state.to(dtype).reshape(batch, groups, copies, feature_dim, value_dim + 1) * decay
+        )  # [B, G, P, F, D+1]
         # The column of ones is added to the state and not put beside v: one small copy less a token.
-        numerator_state = state[..., :-1] + keys[..., None] * values[..., None, :]  # [B, N, F, D]
-        normaliser_state = state[..., -1:] + keys[..., None]  # [B, N, F, 1]
+        numerator_state = (state[..., :-1] + keys * values).flatten(1, 2)  # [B, N, F, D]
+        normaliser_state = (state[..., -1:] + keys).flatten(1, 2)  # [B, N, F, 1]
         output = queries @ numerator_state  # [B, N, R, D]
         if normalize:
             output = output / (queries @ normaliser_state + eps)

@@ -226,8 +226,8 @@ def gated_linear_attention_sums(
     Args:
         q: Query features [B, T, H, F]; query head h reads state head ``h // (H / N)``.
         k: Key features [B, T, N, F].
-        v: Values [B, T, N, D].
-        log_decay: At most 0: [B, T, N, F], or [B, T, N, 1] for one a head.
+        v: Values [B, T, G, D]; state head n takes in those of head ``n // (N / G)``.
+        log_decay: At most 0: [B, T, G, F], or [B, T, G, 1] for one a head.
         initial_state: State before the first token [B, N, F, D + 1]; zeros when None.
         min_log_decay: A bound below which no log_decay lies, where the caller knows one.
 
