@@ -17,9 +17,9 @@ from lawcat.ops import (
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6}
 GRADIENT_TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-5}
-# Around the chunks of 16 and 32 tokens and the segment of 1,024.
+# Around the chunks of 16 and 32 tokens and segments of 512.
 SHORT_LENGTHS = (1, 2, 3, 4, 31, 32, 33, 63, 64, 65)
-LONG_LENGTHS = (1000, 1025)
+LONG_LENGTHS = (513, 1000, 1025)
 
 
 def check(function: Function, case: Case, dtype: torch.dtype) -> None:

@@ -40,7 +40,7 @@ class NewMemory(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("needs_gradient", [False, True])
 @pytest.mark.parametrize("state_heads", [HEADS, KV_HEADS])
-@pytest.mark.parametrize("tokens", [256, 2304])  # within a segment, and three of them
+@pytest.mark.parametrize("tokens", [256, 2304])  # within a segment, and several of them
 def test_the_mixer(tokens: int, state_heads: int, needs_gradient: bool, dtype: torch.dtype) -> None:
     case = MixerCase(
         tokens, heads=HEADS, kv_heads=KV_HEADS, state_heads=state_heads, width=WIDTH, feature_dim=WIDTH

@@ -37,8 +37,8 @@ _PAIRWISE_CHUNK_TOKENS = 16
 # exp(-104) is 0 in float32 and exp(-746) in float64: a stronger decay is the same decay, and bounding it
 # keeps the infinite ones (a reset of the state) out of the sums.
 _LOG_OF_ZERO = {torch.float32: -110.0, torch.float64: -750.0}
-# Longer inputs are taken in segments: the temporaries of about 1,000 tokens still fit in a core's cache.
-SEGMENT_TOKENS = 1024
+# Longer inputs are taken in segments: what so many tokens need for a head a group fits in a core's cache.
+SEGMENT_TOKENS = 512
 
 
 def gated_linear_attention_chunked(
@@ -166,7 +166,13 @@ class ChunkedRecurrence:
             state = self._initial_state
             by_group = state.view(shape.batch, shape.groups, -1, *state.shape[2:])
             self._states = list(by_group.transpose(0, 1).unbind(2))
-        self._segments: list[list[Tensor]] = []  # outputs by head [B, T, G, D]
+        # Outputs are written to their place where no gradient needs them: new memory costs a CPU most.
+        self._output: Tensor | None = None
+        if not _needs_new_tensors():
+            size = (shape.batch, shape.tokens, shape.groups, shape.num_query_heads // shape.groups)
+            self._output = v.new_empty(*size, shape.value_dim)
+        self._segments: list[list[Tensor]] = []  # else by head [B, T, G, D]
+        self._tokens = range(0)
 
     def begin(self, v: Tensor, log_decay: Tensor, keep: Tensor | None = None) -> None:
         """Start with the next T tokens.
@@ -176,28 +182,37 @@ class ChunkedRecurrence:
             log_decay: [B, T, G, F or 1].
             keep: [B, T], 0 for keys that are not taken in; None where all are.
         """
+        self._tokens = range(self._tokens.stop, self._tokens.stop + v.shape[1])
         v, log_decay = (t.permute(2, 0, 1, 3).to(self.dtype) for t in (v, log_decay))  # [G, B, T, .]
-        values = torch.cat([v, v.new_ones(()).expand(*v.shape[:-1], 1)], dim=-1)
         if keep is not None:
             keep = keep.to(self.dtype)[None, :, :, None]
-        self._chunks = _chunks(values, log_decay, keep, self.min_log_decay)
-        self._length, self._next = v.shape[2], 0
+        self._chunks = _chunks(v, log_decay, keep, self.min_log_decay)
+        self._num_taken_in = self._num_read = 0
         self._segments.append([])
 
     def take_in(self, keys: Tensor) -> None:
         """Bring the next state head of each group up to date by its key features [G, B, T, F]."""
-        self._read, self._states[self._next] = self._chunks.take_in(keys, self._states[self._next])
-        self._next += 1
+        index = self._num_taken_in
+        self._read, self._states[index] = self._chunks.take_in(keys, self._states[index])
+        self._num_taken_in += 1
 
     def read(self, queries: Tensor) -> None:
         """Note the output of the next query head of that state head, by its features [G, B, T, F]."""
-        sums = self._read(queries)  # [G * B * M, C, D+1]
+        sums = self._read(queries)  # [M, G, B, C, D+1]
         output = sums[..., :-1]
         if self.normalize:
             output = output / (sums[..., -1:] + self.eps)
-        shape = self.shape
-        output = output.to(self.output_dtype).reshape(shape.groups, shape.batch, -1, shape.value_dim)
-        self._segments[-1].append(output[:, :, : self._length].permute(1, 2, 0, 3))
+        output = output.permute(2, 0, 3, 1, 4)  # [B, M, C, G, D]
+        length = len(self._tokens)
+        if self._output is None:
+            self._segments[-1].append(output.to(self.output_dtype).flatten(1, 2)[:, :length])
+            return
+        place = self._output[:, self._tokens.start : self._tokens.stop, :, self._num_read]
+        if output.shape[1] * output.shape[2] == length:
+            place.view(output.shape).copy_(output)
+        else:
+            place.copy_(output.flatten(1, 2)[:, :length])
+        self._num_read += 1
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Return the output [B, T, H, D] in v's dtype, and the state [B, N, F, D + 1]."""
@@ -205,37 +220,42 @@ class ChunkedRecurrence:
             return self._initial_state.new_zeros(
                 *self.shape[:3], self.shape.value_dim, dtype=self.output_dtype
             ), self._initial_state
-        outputs = [torch.stack(heads, dim=3).flatten(2, 3) for heads in self._segments]
         state = torch.stack([state.transpose(0, 1) for state in self._states], dim=2).flatten(1, 2)
+        if self._output is not None:
+            return self._output.flatten(2, 3), state
+        outputs = [torch.stack(heads, dim=3).flatten(2, 3) for heads in self._segments]
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), state
 
 
-# Takes features of queries [G, B, T, F] and returns the sums [G * B * M, C, D + 1].
+def _needs_new_tensors() -> bool:
+    """Return whether results may not be written over others: for autograd's sake, or a compiler's."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
+# Takes features of queries [G, B, T, F] and returns the sums [M, G, B, C, D + 1].
 Read = Callable[[Tensor], Tensor]
 
 
 def _chunks(
-    values: Tensor, log_decay: Tensor, keep: Tensor | None, min_log_decay: float | None
+    v: Tensor, log_decay: Tensor, keep: Tensor | None, min_log_decay: float | None
 ) -> _Factored | _Pairwise:
     """Cut a segment into the longest chunks that its decays allow.
 
     Args:
-        values: With their column of ones [G, B, T, D + 1].
+        v: [G, B, T, D].
         log_decay: [G, B, T, F or 1].
         keep: [1, B, T, 1], 0 for keys that are not taken in.
         min_log_decay: As in the public function.
     """
-    tokens = values.shape[2]
+    tokens = v.shape[2]
     size = _factored_chunk(-torch.inf if min_log_decay is None else min_log_decay, tokens)
     # A compiled graph cannot depend on the data: with a bound that is too low for factors it takes pairs.
-    if size is None and not (torch.compiler.is_compiling() or values.is_meta):
+    if size is None and not (torch.compiler.is_compiling() or v.is_meta):
         size = _factored_chunk(log_decay.detach().min().item(), tokens)
     if size is not None:
-        return _Factored(values, torch.cumsum(_by_chunk(log_decay, size), dim=-2), keep)
-    log_decay = _by_chunk(
-        log_decay.clamp(min=_LOG_OF_ZERO[values.dtype]), min(_PAIRWISE_CHUNK_TOKENS, tokens)
-    )
-    return _Pairwise(values, log_decay, keep)
+        return _Factored(v, torch.cumsum(_by_chunk(log_decay, size), dim=-2), keep)
+    log_decay = _by_chunk(log_decay.clamp(min=_LOG_OF_ZERO[v.dtype]), min(_PAIRWISE_CHUNK_TOKENS, tokens))
+    return _Pairwise(v, log_decay, keep)
 
 
 def _factored_chunk(lowest: float, tokens: int) -> int | None:
@@ -248,28 +268,61 @@ def _factored_chunk(lowest: float, tokens: int) -> int | None:
 
 
 def _by_chunk(t: Tensor, size: int) -> Tensor:
-    """Return t [G, B, T, W] as chunks [G, B, M, C, W], filled up with zeros.
+    """Return t [G, B, T, W] as chunks [M, G, B, C, W], filled up with zeros.
 
-    As keys they add nothing, and as log-decays they keep the state.
+    As keys they add nothing, and as log-decays they keep the state. Chunks come first, so what is made
+    of one chunk for all heads lies together.
     """
     if padding := -t.shape[2] % size:
         t = F.pad(t, (0, 0, 0, padding))
     groups, batch, _, width = t.shape
-    return t.reshape(groups, batch, -1, size, width)
+    return t.reshape(groups, batch, -1, size, width).permute(2, 0, 1, 3, 4)
+
+
+def _values(v: Tensor, size: int) -> Tensor:
+    """Return v [G, B, T, D] by chunk with its column of ones [M * G * B, C, D + 1]."""
+    v = _by_chunk(v, size)
+    return torch.cat([v, v.new_ones(()).expand(*v.shape[:-1], 1)], dim=-1).flatten(0, 2)
+
+
+def _carry(keys: Tensor, values: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the states before each chunk [M * G * B, F, D + 1], and the last.
+
+    Args:
+        keys: Decayed to the chunk's end [M * G * B, C, F].
+        values: [M * G * B, C, D + 1].
+        decay: Over each chunk [M, G, B, F or 1, 1].
+        state: Before the first [G, B, F, D + 1].
+    """
+    keys = keys.transpose(1, 2)
+    if _needs_new_tensors():
+        before = []
+        # unbind, not indexing: the gradient of each index would be zeros of the size of all chunks.
+        updates = torch.bmm(keys, values).view(-1, *state.shape).unbind()
+        for update, chunk_decay in zip(updates, decay.unbind(), strict=True):
+            before.append(state)
+            state = torch.addcmul(update, state, chunk_decay)
+        return torch.stack(before).flatten(0, 2), state
+    states = state.new_empty(len(decay) + 1, *state.shape)
+    states[0] = state
+    torch.bmm(keys, values, out=states[1:].flatten(0, 2))
+    for earlier, later, chunk_decay in zip(states[:-1], states[1:], decay, strict=True):
+        later.addcmul_(earlier, chunk_decay)
+    return states[:-1].flatten(0, 2), states[-1]
 
 
 class _Factored:
     """Chunks whose weights are one matrix product of factors around the middle of the decay.
 
     Args:
-        values: With their column of ones [G, B, T, D + 1].
-        total: Log-decays summed from a chunk's start [G, B, M, C, F or 1].
+        v: [G, B, T, D].
+        total: Log-decays summed from a chunk's start [M, G, B, C, F or 1].
         keep: [1, B, T, 1], 0 for keys that are not taken in.
     """
 
-    def __init__(self, values: Tensor, total: Tensor, keep: Tensor | None) -> None:
+    def __init__(self, v: Tensor, total: Tensor, keep: Tensor | None) -> None:
         self.size = total.shape[3]
-        self.values = _by_chunk(values, self.size).flatten(0, 2)  # [G * B * M, C, D+1]
+        self.values = _values(v, self.size)
         end = total[..., -1:, :]
         # The weights are the same for any reference point: what reaches it of the gradient is rounding noise.
         reference = end.detach() / 2
@@ -277,61 +330,49 @@ class _Factored:
         self.shrink = self.growth.reciprocal()
         if keep is not None:
             self.shrink = self.shrink * _by_chunk(keep, self.size)
-        # [G, B, F or 1, 1] for each chunk. Not their product, which would save a multiplication a chunk: its
-        # gradient would be that of two numbers of the size of exp(40) or more.
         self.to_reference, self.to_end = (
-            torch.exp(t).transpose(-1, -2).unbind(2) for t in (reference, end - reference)
-        )
+            torch.exp(reference),
+            torch.exp(end - reference),
+        )  # [M, G, B, 1, F or 1]
+        self.decay = (self.to_reference * self.to_end).transpose(-1, -2)
 
     def take_in(self, keys: Tensor, state: Tensor) -> tuple[Read, Tensor]:
         """Return what reads keys [G, B, T, F] and the state [G, B, F, D + 1], and the state after them."""
-        k = self._rows(self.shrink, keys)
+        # The order of the operands matters: a product is laid out as the first is, so nothing is copied.
+        k = self.shrink * _by_chunk(keys, self.size)
         values = self.values
-        updates = torch.bmm(k.transpose(1, 2), values)  # [G * B * M, F, D+1]
-        updates = updates.view(*state.shape[:2], -1, *state.shape[2:])
-        before = []  # as the queries' factors read a state: times exp(reference)
-        # unbind, not indexing: the gradient of each index would be zeros of the size of all chunks.
-        chunks = zip(updates.unbind(2), self.to_reference, self.to_end, strict=True)
-        for update, to_reference, to_end in chunks:
-            scaled = state * to_reference
-            before.append(scaled)
-            state = (scaled + update) * to_end
-        states = torch.stack(before, dim=2).flatten(0, 2)  # [G * B * M, F, D+1]
+        states, state = _carry((k * self.to_end).flatten(0, 2), values, self.decay, state)
 
         def read(queries: Tensor) -> Tensor:
-            q = self._rows(self.growth, queries)
+            q = self.growth * _by_chunk(queries, self.size)
             # Not a product with a 0/1 mask: weights of later tokens may be infinite, and 0 * inf is NaN.
-            weights = torch.bmm(q, k.transpose(1, 2)).tril_()
-            return torch.bmm(q, states).baddbmm_(weights, values)
+            weights = torch.bmm(q.flatten(0, 2), k.flatten(0, 2).transpose(1, 2)).tril_()
+            sums = torch.bmm((q * self.to_reference).flatten(0, 2), states).baddbmm_(weights, values)
+            return sums.view(*q.shape[:-1], -1)
 
         return read, state
-
-    def _rows(self, factors: Tensor, features: Tensor) -> Tensor:
-        """Return features times factors [G * B * M, C, F]."""
-        # The order of the operands matters: the product is laid out as the first is, so nothing is copied.
-        return (factors * _by_chunk(features, self.size)).flatten(0, 2)
 
 
 class _Pairwise:
     """The same from exponents of pairs, none above 0: for decays that the factors cannot hold.
 
     Args:
-        values: With their column of ones [G, B, T, D + 1].
-        log_decay: [G, B, M, C, F or 1], finite.
+        v: [G, B, T, D].
+        log_decay: [M, G, B, C, F or 1], finite.
         keep: [1, B, T, 1], 0 for keys that are not taken in.
     """
 
-    def __init__(self, values: Tensor, log_decay: Tensor, keep: Tensor | None) -> None:
+    def __init__(self, v: Tensor, log_decay: Tensor, keep: Tensor | None) -> None:
         self.size = size = log_decay.shape[3]
-        self.values = _by_chunk(values, size)
+        self.values = _values(v, size)
         self.keep = None if keep is None else _by_chunk(keep, size)
         # Sums over the tokens after j up to i, each computed by itself: differences of one running sum would
         # lose the small decays beside the large.
-        later = torch.ones(size, size, dtype=torch.bool, device=values.device).tril(-1)  # [t, j]: t after j
-        spread = torch.where(later[..., None], log_decay[..., :, None, :], 0.0)  # [G, B, M, t, j, F]
-        between = torch.cumsum(spread, dim=-3)  # [G, B, M, i, j, F]
+        later = torch.ones(size, size, dtype=torch.bool, device=v.device).tril(-1)  # [t, j]: t after j
+        spread = torch.where(later[..., None], log_decay[..., :, None, :], 0.0)  # [M, G, B, t, j, F]
+        between = torch.cumsum(spread, dim=-3)  # [M, G, B, i, j, F]
         self.reach = torch.where(later.T.logical_not()[..., None], between.exp(), 0.0)  # i at or after j
-        self.from_start = torch.cumsum(log_decay, dim=-2).exp()  # [G, B, M, C, F]
+        self.from_start = torch.cumsum(log_decay, dim=-2).exp()  # [M, G, B, C, F]
         self.to_end = between[..., -1, :, :].exp()
 
     def take_in(self, keys: Tensor, state: Tensor) -> tuple[Read, Tensor]:
@@ -339,18 +380,14 @@ class _Pairwise:
         k = _by_chunk(keys.to(self.values.dtype), self.size)
         if self.keep is not None:
             k = k * self.keep
-        updates = (k * self.to_end).transpose(-1, -2) @ self.values
-        before = []
-        decays = self.from_start[..., -1, :, None].unbind(2)
-        for update, decay in zip(updates.unbind(2), decays, strict=True):
-            before.append(state)
-            state = torch.addcmul(update, state, decay)
-        states = torch.stack(before, dim=2)  # [G, B, M, F, D+1]
+        decay = self.from_start[..., -1, :, None]
+        states, state = _carry((k * self.to_end).flatten(0, 2), self.values, decay, state)
 
         def read(queries: Tensor) -> Tensor:
             q = _by_chunk(queries.to(self.values.dtype), self.size)
             reach = self.reach.expand(*self.reach.shape[:-1], q.shape[-1])
-            weights = torch.einsum("gbmif,gbmijf,gbmjf->gbmij", q, reach, k)
-            return (weights @ self.values + (q * self.from_start) @ states).flatten(0, 2)
+            weights = torch.einsum("mgbif,mgbijf,mgbjf->mgbij", q, reach, k).flatten(0, 2)
+            sums = weights @ self.values + (q * self.from_start).flatten(0, 2) @ states
+            return sums.view(*q.shape[:-1], -1)
 
         return read, state
