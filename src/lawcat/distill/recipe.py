@@ -294,7 +294,8 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            is_merge = key_node.tag == "tag:yaml.org,2002:merge"  # <<: *anchor
+            key = "<<" if is_merge else self.construct_object(key_node, deep=True)
             if isinstance(key, str):
                 if key in seen:
                     raise yaml.constructor.ConstructorError(
