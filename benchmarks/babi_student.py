@@ -108,7 +108,9 @@ def encode(tokenizer: Any, pairs: Pairs, *, whole_prompt: bool) -> Encoded:
     return ids, [(starts[start] - 1, ids[starts[start]], other) for start, other in ends]
 
 
-def make_batches(encoded: list[Encoded], tokens: int, longest: int, padding: int) -> list[Batch]:
+def make_batches(
+    encoded: list[Encoded], tokens: int, longest: int, padding: int, device: str = "cpu"
+) -> list[Batch]:
     """Return stories of similar length together, none longer than a bound, in few different shapes."""
     shapes: dict[int, list[Encoded]] = {}
     for one in (one for one in encoded if len(one[0]) <= longest):
@@ -123,7 +125,8 @@ def make_batches(encoded: list[Encoded], tokens: int, longest: int, padding: int
                 ids[row, : len(numbers)] = torch.tensor(numbers)
             found = [(row, *answer) for row, (_, answers) in enumerate(part) for answer in answers]
             rows, positions, targets, others = torch.tensor(found).unbind(1)
-            batches.append(Batch(ids, rows, positions, targets, others.bool()))
+            columns = (ids, rows, positions, targets, others.bool())
+            batches.append(Batch(*(column.to(device) for column in columns)))
     return batches
 
 
@@ -143,9 +146,9 @@ def lengthen_filters(model: nn.Module, taps: int, std: float) -> None:
             module.kernel_size = taps
 
 
-def load(name: str, *, softmax: bool) -> tuple[Any, Any]:
+def load(name: str, *, softmax: bool, device: str = "cpu") -> tuple[Any, Any]:
     """Return a model of lawcat's, its own weights in bfloat16, and its tokenizer."""
-    loaded = load_model(name, device="cpu")
+    loaded = load_model(name, device=device)
     model = loaded.model
     if loaded.kind == "teacher":
         layers = range(model.config.num_hidden_layers) if softmax else ()
@@ -153,11 +156,18 @@ def load(name: str, *, softmax: bool) -> tuple[Any, Any]:
         if softmax:  # its gradient is the faster one
             model.set_attn_implementation("eager")
     cast_teacher_weights(model, torch.bfloat16)
-    return model.requires_grad_(False), loaded.tokenizer
+    return model.to(device).requires_grad_(False), loaded.tokenizer
+
+
+def add_lora(model: Any, rank: int) -> None:
+    """Let LoRA's factors and the operator's own parameters train, and nothing else."""
+    settings = RecoverySettings(lora_rank=rank, lora_alpha=2 * rank, lora_targets=TARGETS, kl_weight=0)
+    RecoveryModel(model, settings)
+    use_half_precision(model)
 
 
 def training_batches(
-    tokenizer: Any, seed: int, tokens: int, longest: int, persons: int, *, whole_prompt: bool
+    tokenizer: Any, seed: int, tokens: int, longest: int, persons: int, *, whole_prompt: bool, device: str
 ) -> Iterator[Batch]:
     """Yield batches of a provider's stories without end."""
     rng = random.Random(seed)
@@ -169,7 +179,7 @@ def training_batches(
             )
             if len(pairs) >= persons:
                 encoded.append(encode(tokenizer, pairs, whole_prompt=whole_prompt))
-        batches = make_batches(encoded, tokens, longest, tokenizer.eos_token_id)
+        batches = make_batches(encoded, tokens, longest, tokenizer.eos_token_id, device)
         rng.shuffle(batches)
         yield from batches
 
@@ -196,6 +206,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=50)
     parser.add_argument("--whole-prompt", action="store_true", help="with BABILong's instructions")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--save", help="file for the trained parameters")
     options = parser.parse_args()
 
@@ -206,13 +217,9 @@ def main() -> None:
         attention.linear_attention_mixer = compiled  # type: ignore[attr-defined]
         for kind in (LlamaMLP, LlamaRMSNorm):
             kind.forward = torch.compile(kind.forward, dynamic=False)
-    model, tokenizer = load(options.model, softmax=options.softmax)
+    model, tokenizer = load(options.model, softmax=options.softmax, device=options.device)
     lengthen_filters(model, options.taps, options.tap_std)
-    settings = RecoverySettings(
-        lora_rank=options.rank, lora_alpha=2 * options.rank, lora_targets=TARGETS, kl_weight=0
-    )
-    RecoveryModel(model, settings)
-    use_half_precision(model)
+    add_lora(model, options.rank)
     trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
     groups = [
         {"params": [one for name, one in trained.items() if is_new_parameter(name) == new], "peak": rate}
@@ -226,8 +233,10 @@ def main() -> None:
     sizes = options.batch, options.longest
     whole = {"whole_prompt": options.whole_prompt}
     encoded = [encode(tokenizer, pairs, **whole) for pairs in stories]
-    held = make_batches(encoded, *sizes, tokenizer.eos_token_id)
-    training = training_batches(tokenizer, options.seed, *sizes, options.persons, **whole)
+    held = make_batches(encoded, *sizes, tokenizer.eos_token_id, options.device)
+    training = training_batches(
+        tokenizer, options.seed, *sizes, options.persons, device=options.device, **whole
+    )
     seen, start = 0, time.perf_counter()
     losses: list[float] = []
     for step in range(options.steps + 1):

@@ -250,7 +250,7 @@ def test_the_search_changes_little_at_a_time() -> None:
     assert base.recovery.lora_targets == plain.recovery.lora_targets
     for name in search.matrix.names[1:]:
         found = search.variant(name)
-        before = search.variant("stories-short") if name.startswith("stories-short-") else base
+        before = search.variant("lookups") if name.startswith("lookups-") else base
         changed = [
             field.name
             for part in (
@@ -263,7 +263,7 @@ def test_the_search_changes_little_at_a_time() -> None:
         ]
         changed += ["data"] * (found.data != before.data)
         # Without an adapter, its settings are gone too.
-        assert 1 <= len(changed) <= (5 if name in ("mlps-in-full", "stories-short-all-weights") else 3), name
+        assert 1 <= len(changed) <= (5 if name in ("mlps-in-full", "lookups-all-weights") else 3), name
 
 
 def test_the_operator_can_be_set_and_only_what_is_set_goes_on() -> None:
