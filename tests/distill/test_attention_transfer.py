@@ -28,8 +28,13 @@ def student_of(softmax_layers: tuple[int, ...] = (), **fields: Any) -> LawcatFor
     return student
 
 
-def slowly(student: LawcatForCausalLM, ids: Tensor) -> list[Tensor]:
-    """The definition, from the teacher's own forward pass: what enters and leaves attention is caught."""
+def slowly(
+    student: LawcatForCausalLM, ids: Tensor, tokens: list[list[tuple[int, float]]] | None = None
+) -> list[Tensor]:
+    """The definition, from the teacher's own forward pass: what enters and leaves attention is caught.
+
+    Given tokens and what each counts, a sequence, the error is that of what predicts these.
+    """
     entering: list[Tensor] = []
     leaving: list[Tensor] = []
     hooks = []
@@ -49,8 +54,17 @@ def slowly(student: LawcatForCausalLM, ids: Tensor) -> list[Tensor]:
         if attention.is_linear:
             leaving.clear()
             attention(hidden_states=inputs[layer], position_embeddings=positions)
-            rows = zip(leaving[0], targets[layer], strict=True)
-            losses.append(sum(((o - t) ** 2).mean() / (t**2).mean() for o, t in rows) / len(ids))
+            rows = list(zip(leaving[0], targets[layer], strict=True))
+            if tokens is None:
+                losses.append(sum(((o - t) ** 2).mean() / (t**2).mean() for o, t in rows) / len(ids))
+                continue
+            loss = torch.zeros(())
+            for (o, t), counted in zip(rows, tokens, strict=True):
+                error = sum(w * ((o[i - 1] - t[i - 1]) ** 2).sum() for i, w in counted)
+                size = sum(w * (t[i - 1] ** 2).sum() for i, w in counted)
+                if counted:
+                    loss = loss + error / size / len(ids)
+            losses.append(loss)
     for hook in hooks:
         hook.remove()
     return losses  # type: ignore[return-value]
@@ -89,6 +103,33 @@ def test_losses_and_gradients(fields: dict[str, Any]) -> None:
         assert wanted is not None
         assert_near(parameter.grad, wanted, 2e-5, name, least_scale=1e-6)
     assert any(p.grad is not None and p.grad.abs().max() > 1e-4 for p in student.parameters())
+
+
+def test_what_predicts_answers_counts_beside_the_rest() -> None:
+    ids, student = random_ids(3, 20), student_of()
+    counted = [[(4, 1.0), (5, 8.0), (19, 1.0)], [], [(1, 2.0)]]  # the second has no answer
+    weight = torch.zeros(ids.shape)
+    for row, tokens in enumerate(counted):
+        for token, value in tokens:
+            weight[row, token] = value
+    expected, of_answers = slowly(student, ids), slowly(student, ids, counted)
+    torch.autograd.backward(0.25 * (sum(expected) + 3.0 * sum(of_answers)))
+    gradients = {name: parameter.grad for name, parameter in student.named_parameters()}
+    student.zero_grad(set_to_none=True)
+    found_of_answers: list[Tensor] = []
+    found = attention_transfer_losses(
+        student,
+        ids,
+        gradient_scale=0.25,
+        answer_weight=3.0,
+        loss_weight=weight,
+        answer_losses=found_of_answers,
+    )
+    assert_near(found, torch.stack(expected), 1e-6, "losses")
+    assert_near(torch.stack(found_of_answers), torch.stack(of_answers), 1e-6, "losses of answers")
+    for name, parameter in student.named_parameters():
+        if is_new_parameter(name):
+            assert_near(parameter.grad, gradients[name], 2e-5, name, least_scale=1e-6)  # type: ignore[arg-type]
 
 
 def test_losses_alone_leave_no_gradient() -> None:

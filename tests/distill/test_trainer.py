@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from lawcat.convert.initialize import convert
+from lawcat.distill.attention_transfer import attention_transfer_losses
 from lawcat.distill.gate_statistics import GateStatistics
 from lawcat.distill.precision import resolve_precision
 from lawcat.distill.recipe import AttentionTransferSettings, RecoverySettings
@@ -26,6 +28,7 @@ from lawcat.distill.trainer import (
     _request,
     peak_memory_bytes,
 )
+from lawcat.errors import ConfigurationError
 from tiny_teachers import random_ids, tiny_teacher
 
 
@@ -291,6 +294,28 @@ def test_the_gate_penalty_of_recovery_where_a_state_is_carried() -> None:
     # The second matrix is zero at first, so the logit is the bias, of any token and channel.
     expected = -0.3 * torch.sigmoid(-bias) / len(bias) / 2
     torch.testing.assert_close(found[1][name] - found[0][name], expected.detach(), rtol=1e-3, atol=1e-6)
+
+
+def test_answers_count_in_attention_transfer() -> None:
+    ids = random_ids(2, 12)
+    weight, is_answer = torch.full(ids.shape, 3.0), torch.zeros(ids.shape, dtype=torch.bool)
+    is_answer[0, 4:6] = True
+    batch = SimpleNamespace(input_ids=ids, loss_weight=weight, is_answer=is_answer)
+    student, _ = convert(tiny_teacher())
+    workers: Any = SimpleNamespace(count=1)
+    plain = AttentionTransferStage(student, AttentionTransferSettings()).backward(batch, workers)
+    assert "answer_loss" not in plain
+    student.zero_grad(set_to_none=True)
+    settings = AttentionTransferSettings(answer_weight=2.0)
+    found = AttentionTransferStage(student, settings).backward(batch, workers)
+    assert torch.equal(found["layer_losses"], plain["layer_losses"])
+    expected: list[Tensor] = []
+    attention_transfer_losses(
+        student, ids, answer_weight=1.0, loss_weight=is_answer.float(), answer_losses=expected
+    )
+    torch.testing.assert_close(found["answer_loss"], torch.stack(expected).mean())
+    with pytest.raises(ConfigurationError, match=r"answer_weight: got -1; it must be 0 or above"):
+        AttentionTransferSettings(answer_weight=-1)
 
 
 def test_the_gate_penalty_of_attention_transfer() -> None:

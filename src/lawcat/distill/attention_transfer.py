@@ -27,6 +27,9 @@ def attention_transfer_losses(
     *,
     gradient_scale: float | None = None,
     penalty: GatePenalty | None = None,
+    answer_weight: float = 0.0,
+    loss_weight: Tensor | None = None,
+    answer_losses: list[Tensor] | None = None,
 ) -> Tensor:
     """Return the relative squared error of each linear layer, and add its gradients to the new parameters.
 
@@ -36,12 +39,17 @@ def attention_transfer_losses(
         gradient_scale: The gradient is that of ``gradient_scale * sum over layers of the mean over B``. None
             computes losses only.
         penalty: Of the gates, watching; its gradient is added too.
+        answer_weight: What the same error counts beside it where answers are predicted.
+        loss_weight: There what the prediction of token t counts, 0 elsewhere [B, T]; needed for the former.
+        answer_losses: Gets that error of each layer, the mean over the B sequences.
 
     Returns:
         [linear layers], float32: the mean over the B sequences.
     """
     decoder: Any = model.model
     losses = []
+    # The output at t predicts token t + 1.
+    weight = None if loss_weight is None else torch.nn.functional.pad(loss_weight[:, 1:], (0, 1))
     with torch.no_grad():
         hidden = decoder.embed_tokens(input_ids)
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
@@ -57,8 +65,15 @@ def attention_transfer_losses(
                 with torch.set_grad_enabled(gradient_scale is not None):
                     output = attention.linear_attention(x, q, k, v, positions)
                     loss = relative_squared_error(output, target).mean()
+                    extra: Tensor | float = 0.0
+                    if weight is not None and answer_weight:
+                        of_answers = relative_squared_error(output, target, weight).mean()
+                        extra = answer_weight * of_answers
+                        if answer_losses is not None:
+                            answer_losses.append(of_answers.detach())
                     if gradient_scale is not None:
-                        extra = penalty.take(is_mean_over_layers=False) if penalty is not None else 0.0
+                        if penalty is not None:
+                            extra = extra + penalty.take(is_mean_over_layers=False)
                         torch.autograd.backward((loss + extra) * gradient_scale)
                 losses.append(loss.detach())
             hidden = layer.add_mlp(hidden + attention.o_proj(target.flatten(2)))

@@ -21,7 +21,7 @@ _TOKENS_AT_A_TIME = 1024
 _TOKENS_AT_A_TIME_ON_CPU = 64
 
 
-def relative_squared_error(output: Tensor, target: Tensor) -> Tensor:
+def relative_squared_error(output: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """Return, a sequence, the mean squared error over the target's mean square.
 
     Dividing makes layers count alike and the number readable: 1 is what an output of zeros would score. It is
@@ -31,12 +31,17 @@ def relative_squared_error(output: Tensor, target: Tensor) -> Tensor:
     Args:
         output: [B, T, H, D].
         target: The same shape.
+        weight: What each token counts in both means [B, T], 0 or more; None for all alike.
 
     Returns:
-        [B], float32.
+        [B], float32; 0 for a sequence without weight.
     """
-    output, target = output.float().flatten(1), target.float().flatten(1)
-    return (output - target).pow(2).mean(-1) / target.pow(2).mean(-1)
+    output, target = output.float(), target.float()
+    error, size = (x.pow(2).mean((-1, -2)) for x in (output - target, target))  # [B, T]
+    if weight is None:
+        return error.mean(-1) / size.mean(-1)
+    tiny = torch.finfo(torch.float32).tiny
+    return (weight * error).sum(-1) / (weight * size).sum(-1).clamp(min=tiny)
 
 
 def kl_divergence(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

@@ -615,6 +615,9 @@ class AttentionTransferSettings(_OptimizerSettings):
         max_grad_norm: Norm to which gradients are clipped. Without it, gates saturate at this learning rate.
         gate_penalty: Weight of what pulls gates towards holding: the mean of `-log a * gate_divisor` over
             channels, tokens and layers. 0 for none.
+        answer_weight: What the error where answers are predicted counts beside the error of all tokens, each
+            relative to the teacher's output there; of an answer's tokens each counts as in stage 2. Few
+            tokens of a sequence look something up, and the mean over all hardly shows them. 0 for none.
 
     Example:
         >>> AttentionTransferSettings(steps=50).learning_rate
@@ -622,6 +625,11 @@ class AttentionTransferSettings(_OptimizerSettings):
     """
 
     learning_rate: float = 5e-3
+    answer_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _not_negative(self, "answer_weight")
 
 
 @dataclass(frozen=True)

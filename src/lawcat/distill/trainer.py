@@ -72,14 +72,25 @@ class AttentionTransferStage:
         return [{"name": "new", "params": trained, "peak": self.settings.learning_rate}]
 
     def backward(self, batch: Any, workers: Workers) -> dict[str, Tensor]:
-        """Return ``loss``, the mean over layers, and ``layer_losses``."""
+        """Return ``loss``, the mean over layers, ``layer_losses`` and, where it counts, ``answer_loss``."""
         share = 1.0 / workers.count
+        weight = self.settings.answer_weight
+        answer_losses: list[Tensor] = []
         with self._penalty.watching():
             losses = attention_transfer_losses(
-                self.student, batch.input_ids, gradient_scale=share, penalty=self._penalty
+                self.student,
+                batch.input_ids,
+                gradient_scale=share,
+                penalty=self._penalty,
+                answer_weight=weight,
+                loss_weight=batch.loss_weight * batch.is_answer if weight else None,
+                answer_losses=answer_losses,
             )
         losses = losses * share
-        return {"loss": losses.mean(), "layer_losses": losses}
+        measured = {"loss": losses.mean(), "layer_losses": losses}
+        if answer_losses:
+            measured["answer_loss"] = torch.stack(answer_losses).mean() * share
+        return measured
 
 
 class RecoveryStage:
