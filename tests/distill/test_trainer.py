@@ -314,7 +314,7 @@ def test_answers_count_in_attention_transfer() -> None:
         student, ids, answer_weight=1.0, loss_weight=is_answer.float(), answer_losses=expected
     )
     torch.testing.assert_close(found["answer_loss"], torch.stack(expected).mean())
-    with pytest.raises(ConfigurationError, match=r"answer_weight: got -1; it must be 0 or above"):
+    with pytest.raises(ConfigurationError, match=r"answer_weight: got -1\.0; it must be 0 or above"):
         AttentionTransferSettings(answer_weight=-1)
 
 
