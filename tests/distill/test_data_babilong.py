@@ -405,7 +405,10 @@ def test_the_search_asks_how_stories_count() -> None:
         for name in search.matrix.names
     }
     both = {"label_weight", "answer_kl_weight"}
-    assert {name: keys for name, keys in said.items() if keys} == {
+    lookups = {name: keys for name, keys in said.items() if name.startswith("lookups")}
+    assert len(lookups) == 10
+    assert all(keys == {*both, "noise_shares"} for keys in lookups.values())
+    assert {name: keys for name, keys in said.items() if keys and name not in lookups} == {
         "stories-labels-64": {"label_weight"},
         "stories-no-kl": {"answer_kl_weight"},
         "stories-labels-no-kl": both,

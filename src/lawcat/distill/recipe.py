@@ -617,7 +617,7 @@ class AttentionTransferSettings(_OptimizerSettings):
             channels, tokens and layers. 0 for none.
         answer_weight: What the error where answers are predicted counts beside the error of all tokens, each
             relative to the teacher's output there; of an answer's tokens each counts as in stage 2. Few
-            tokens of a sequence look something up, and the mean over all hardly shows them. 0 for none.
+            tokens of a sequence look something up, and the mean over all hardly shows them. `None` for 0.
 
     Example:
         >>> AttentionTransferSettings(steps=50).learning_rate
@@ -625,7 +625,7 @@ class AttentionTransferSettings(_OptimizerSettings):
     """
 
     learning_rate: float = 5e-3
-    answer_weight: float = 0.0
+    answer_weight: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

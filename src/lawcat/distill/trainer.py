@@ -74,7 +74,7 @@ class AttentionTransferStage:
     def backward(self, batch: Any, workers: Workers) -> dict[str, Tensor]:
         """Return ``loss``, the mean over layers, ``layer_losses`` and, where it counts, ``answer_loss``."""
         share = 1.0 / workers.count
-        weight = self.settings.answer_weight
+        weight = self.settings.answer_weight or 0.0
         answer_losses: list[Tensor] = []
         with self._penalty.watching():
             losses = attention_transfer_losses(
