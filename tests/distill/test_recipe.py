@@ -387,8 +387,8 @@ def test_recipes_without_teacher_tuning_are_what_they_were() -> None:
         ({"recovery": None}, r"^recovery: got None; give a mapping"),
         (
             {"teacher_tuning": {"steps": 20}, "recovery": {"train": "all"}},
-            r"^teacher_tuning\.steps: got 20; it trains the LoRA factors of recovery, which has train: all; set "
-            "it to 0, or recovery to train: lora with steps above 0",
+            r"^teacher_tuning\.steps: got 20; it trains the LoRA factors of recovery, which has train: all; "
+            "set it to 0, or recovery to train: lora with steps above 0",
         ),
         (
             {"teacher_tuning": {"steps": 20}, "recovery": {"steps": 0}},
