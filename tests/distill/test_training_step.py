@@ -77,6 +77,10 @@ def make_stage(number: int, device: torch.device = CPU, **settings: Any) -> Stag
         return AttentionTransferStage(student, AttentionTransferSettings(**settings))
     if number == 0:
         model = RecoveryModel(student, RecoverySettings(lora_rank=2, carried_segments=2))
+        with torch.no_grad():  # from the teacher itself, where the divergence would be rounding
+            for name, parameter in student.named_parameters():
+                if ".lora_" in name:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
         return TeacherTuningStage(model, TeacherTuningSettings(**settings))
     recovery = RecoverySettings(lora_rank=2, carried_segments=2, **settings)
     return RecoveryStage(RecoveryModel(student, recovery), recovery, T)
