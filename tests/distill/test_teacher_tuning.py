@@ -206,7 +206,7 @@ def test_a_run_goes_on_where_it_was(run: TinyRun, whole: Path, stage: int, step:
     assert_finished(run, out, whole)
 
 
-@pytest.mark.parametrize(("stage", "step"), [(0, 3), (0, 6), (1, 3), (2, 1)])
+@pytest.mark.parametrize(("stage", "step"), [(0, 1), (0, 3), (0, 6), (1, 3), (2, 1)])
 def test_kill_9(run: TinyRun, whole: Path, stage: int, step: int) -> None:
     out = f"killed {stage} {step}"
     exit_code = run.in_a_process(lambda: stop(run, out, stage, step, signal.SIGKILL))
