@@ -290,6 +290,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hybrid": {"model__softmax_layers": (1,), "model__gate": "head"},
     "nothing carried": {"recovery__carried_segments": 0},
     "longer batches carried": {"recovery__carried_sequences": 3},
+    "tuned teacher": {"teacher_tuning__steps": 6, "teacher_tuning__batch_sequences": 2},
+    "tuned teacher, no stage 1": {"teacher_tuning__steps": 6, "attention_transfer__steps": 0},
+    "tuned teacher, bfloat16": {"teacher_tuning__steps": 6, "precision": "bfloat16"},
+    "tuned teacher, hybrid, MLPs in full, bfloat16": {
+        "teacher_tuning__steps": 6,
+        "model__softmax_layers": (1,),
+        "recovery__full_targets": ("up_proj",),
+        "precision": "bfloat16",
+    },
     "gates pulled": {"attention_transfer__gate_penalty": 0.1, "recovery__gate_penalty": 0.1},
     "LoLCATs": {
         "model__feature_map": "untied",
@@ -309,9 +318,9 @@ def test_other_recipes_resume_too(run: TinyRun, variant: str) -> None:
     run(f"{variant}, whole", **overrides)
     expected = run.place / f"{variant}, whole"
     out = f"{variant}, interrupted"
-    for stage in (1, 2):
-        settings = "attention_transfer__steps", "recovery__steps"
-        if settings[stage - 1] not in overrides:
+    usual = {"teacher_tuning__steps": 0, "attention_transfer__steps": 6, "recovery__steps": 6}
+    for stage, steps in enumerate({name: overrides.get(name, usual[name]) for name in usual}.values()):
+        if steps:
             with pytest.raises(KeyboardInterrupt):
                 run(out, progress=at(stage, 3, send(signal.SIGTERM)), **overrides)
     run(out, **overrides)
@@ -653,11 +662,16 @@ def test_overrides_by_name_and_by_dotted_name(run: TinyRun) -> None:
     assert (found.attention_transfer.steps, found.recovery.steps, found.seed) == (0, 0, 9)
 
 
-@pytest.mark.parametrize("train_what", ["lora", "all"])
+@pytest.mark.parametrize("train_what", ["lora", "all", "lora, tuned teacher"])
 def test_two_processes_are_one_with_the_whole_batch(
     run: TinyRun, train_what: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    options: dict[str, Any] = {"recovery__train": train_what, "recovery__carried_sequences": 4}
+    options: dict[str, Any] = {
+        "recovery__train": train_what.partition(",")[0],
+        "recovery__carried_sequences": 4,
+    }
+    if "tuned" in train_what:
+        options |= {"teacher_tuning__steps": 6, "teacher_tuning__batch_sequences": 4}
     options |= {"attention_transfer__batch_sequences": 4, "recovery__batch_sequences": 4}
     run(f"one {train_what}", **options)
     capfd.readouterr()
@@ -665,7 +679,7 @@ def test_two_processes_are_one_with_the_whole_batch(
     assert "Error" not in capfd.readouterr().err
     one, two = run.place / f"one {train_what}", run.place / f"two {train_what}"
     mine, theirs = read_log(one / LOG), read_log(two / LOG)
-    assert len(mine) == len(theirs) == 12
+    assert len(mine) == len(theirs) == (18 if "tuned" in train_what else 12)
     assert {"kl" in row for row in mine if row["stage"] == 2} == {True, False}
     for a, b in zip(mine, theirs, strict=True):
         assert (a["stage"], a["step"], a["tokens"]) == (b["stage"], b["step"], b["tokens"])

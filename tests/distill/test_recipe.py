@@ -21,6 +21,7 @@ from lawcat.distill.recipe import (
     ModelSettings,
     Recipe,
     RecoverySettings,
+    TeacherTuningSettings,
 )
 from lawcat.errors import ConfigurationError
 
@@ -79,7 +80,18 @@ def sources() -> st.SearchStrategy[DataSource]:
 
 def recipes() -> st.SearchStrategy[Recipe]:
     steps = st.integers(20, 10_000)
-    return st.builds(
+    tuning = st.builds(
+        TeacherTuningSettings,
+        steps=st.sampled_from([0, 20]),
+        learning_rate=positive,
+        schedule=st.sampled_from(["cosine", "constant"]),
+    )
+
+    def tuned(recipe: Recipe, tuning: TeacherTuningSettings) -> Recipe:
+        fits = recipe.recovery.train == "lora"
+        return dataclasses.replace(recipe, teacher_tuning=tuning) if fits else recipe
+
+    base = st.builds(
         Recipe,
         name=texts,
         description=st.text(max_size=30),
@@ -105,6 +117,7 @@ def recipes() -> st.SearchStrategy[Recipe]:
             st.builds(RecoverySettings, train=st.just("all"), kl_weight=st.just(0.0), answer_weight=positive),
         ),
     )
+    return st.builds(tuned, base, tuning)
 
 
 @given(recipes())
@@ -281,6 +294,18 @@ def test_defaults() -> None:
     assert recipe.recovery.new_parameter_learning_rate == 2e-3
     assert recipe.recovery.lora_rank == 16
     assert recipe.attention_transfer.max_grad_norm == 1.0
+    assert (recipe.teacher_tuning.steps, recipe.teacher_tuning.learning_rate) == (0, 1e-3)
+
+
+def test_recipes_without_teacher_tuning_are_what_they_were() -> None:
+    recipe = Recipe(name="x")
+    assert "teacher_tuning" not in recipe.to_dict()
+    tuned = recipe.with_overrides({"teacher_tuning.steps": "20"})
+    assert tuned.to_dict()["teacher_tuning"]["steps"] == 20
+    assert "gate_penalty" not in tuned.to_dict()["teacher_tuning"]
+    assert Recipe.from_yaml(tuned.to_yaml()) == tuned
+    assert tuned.fingerprint() != recipe.fingerprint()
+    assert tuned.with_overrides({"teacher_tuning.steps": 0}) == recipe
 
 
 @pytest.mark.parametrize(
@@ -358,6 +383,21 @@ def test_defaults() -> None:
         ({"recovery": {"lora_targets": [1]}}, r"^recovery\.lora_targets\.0: got 1; give text"),
         ({"recovery": 3}, r"^recovery: got 3; give a mapping"),
         ({"recovery": None}, r"^recovery: got None; give a mapping"),
+        (
+            {"teacher_tuning": {"steps": 20}, "recovery": {"train": "all"}},
+            r"^teacher_tuning\.steps: got 20; it trains the LoRA factors of recovery, which has train: all; "
+            "set it to 0, or recovery to train: lora with steps above 0",
+        ),
+        (
+            {"teacher_tuning": {"steps": 20}, "recovery": {"steps": 0}},
+            r"^teacher_tuning\.steps: got 20; it trains the LoRA factors of recovery, which has steps: 0",
+        ),
+        (
+            {"teacher_tuning": {"gate_penalty": 0.1}},
+            r"^teacher_tuning\.gate_penalty: got 0\.1, which is for stages that run linear attention",
+        ),
+        ({"teacher_tuning": {"lora_rank": 2}}, r"^teacher_tuning\.lora_rank: unknown key"),
+        ({"teacher_tuning": {"steps": -1}}, r"^teacher_tuning\.steps: got -1; it must be 0 or above"),
         ({"attention_transfer": {"steps": -1}}, r"^attention_transfer\.steps: got -1; it must be 0 or above"),
         (
             {"attention_transfer": {"steps": 5, "warmup_steps": 5}},

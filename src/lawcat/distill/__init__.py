@@ -1,1 +1,1 @@
-"""Recipes, training data, the two stages and the run that holds them together."""
+"""Recipes, training data, the stages and the run that holds them together."""

@@ -4,7 +4,7 @@ One checkpoint is one folder, `stage1-step-00000123`:
 
 | file | holds |
 | --- | --- |
-| `parameters.safetensors` | the parameters that train |
+| `parameters.safetensors` | the parameters that train, or have in stage 0 |
 | `optimizer.pt` | state of optimizer, schedule and random generators; read with `weights_only=True` |
 | `state.json` | stage, step, place in the data, fingerprints of recipe and teacher |
 | `manifest.json` | size and SHA-256 of the three |
@@ -59,11 +59,11 @@ class TrainingState:
     """All that a run needs to go on as if it had not been interrupted.
 
     Args:
-        stage: 1 (attention transfer) or 2 (recovery).
+        stage: 0 (teacher tuning), 1 (attention transfer) or 2 (recovery).
         step: Optimizer steps of this stage that are done.
         recipe_fingerprint: SHA-256 of the resolved recipe.
         teacher_fingerprint: SHA-256 of the teacher, `lawcat.convert.teacher.Teacher.fingerprint`.
-        parameters: The tensors that train, by name. Saved from any device, loaded to the CPU.
+        parameters: The tensors that train or have trained, by name. Saved from any device, loaded to the CPU.
         optimizer: `optimizer.state_dict()`.
         scheduler: `scheduler.state_dict()`.
         rng: What `capture_rng` returned.

@@ -36,13 +36,20 @@ from lawcat.distill.mixture import Mixture, build_mixture
 from lawcat.distill.model_card import model_card
 from lawcat.distill.precision import resolve_precision
 from lawcat.distill.recipe import Recipe, dotted_keys
-from lawcat.distill.recovery import RecoveryModel, check_targets, is_trained_in_full, plain_name
+from lawcat.distill.recovery import (
+    RecoveryModel,
+    check_targets,
+    is_lora_factor,
+    is_trained_in_full,
+    plain_name,
+)
 from lawcat.distill.text import Progress
 from lawcat.distill.trainer import (
     AttentionTransferStage,
     Interruption,
     RecoveryStage,
     StageContext,
+    TeacherTuningStage,
     Workers,
     peak_memory_bytes,
     train_stage,
@@ -217,7 +224,7 @@ def _train(run: _Run, student: LawcatForCausalLM, state: TrainingState | None) -
         )
     log = None
     if workers.is_main:
-        done = (state.stage, state.step) if state is not None else (1, 0)
+        done = (state.stage, state.step) if state is not None else (0, 0)
         folder = run.training / "tensorboard" if run.tensorboard else None
         log = TrainingLog(run.training / LOG_NAME, resume_from=done, tensorboard_dir=folder)
     context = StageContext(
@@ -238,20 +245,29 @@ def _train(run: _Run, student: LawcatForCausalLM, state: TrainingState | None) -
     is_mixed = (trains_all or trains_some) and dtype != torch.float32
     autocast = torch.autocast(workers.device.type, dtype=dtype, enabled=is_mixed, cache_enabled=False)
     lora_scale = 0.0
+    tuning, transfer = recipe.teacher_tuning, recipe.attention_transfer
+    first_stage = (0 if tuning.steps else 1) if state is None else state.stage
+    states = {} if state is None else {state.stage: state}
+    recovery = None
     with autocast, log or contextlib.nullcontext():
-        if state is None or state.stage == 1:
-            train_stage(AttentionTransferStage(student, recipe.attention_transfer), context, state)
-        if recipe.recovery.steps:
+        if tuning.steps:  # its factors are there in stage 1, too
             torch.manual_seed(recipe.seed + 1)
             recovery = RecoveryModel(student, recipe.recovery)
-            used = recipe.attention_transfer.steps * recipe.attention_transfer.batch_sequences
-            context.first_sequence = used
+        if recovery is not None and first_stage == 0:
+            train_stage(TeacherTuningStage(recovery, tuning), context, states.get(0))
+        context.first_sequence += tuning.steps * tuning.batch_sequences
+        if first_stage <= 1:
+            train_stage(AttentionTransferStage(student, transfer), context, states.get(1))
+        context.first_sequence += transfer.steps * transfer.batch_sequences
+        if recipe.recovery.steps:
+            torch.manual_seed(recipe.seed + 1)
+            recovery = recovery or RecoveryModel(student, recipe.recovery)
             stage_2 = RecoveryStage(recovery, recipe.recovery, recipe.sequence_length)
-            train_stage(stage_2, context, state if state is not None and state.stage == 2 else None)
+            train_stage(stage_2, context, states.get(2))
             lora_scale = recovery.lora_scale
     tensors, weights = {}, {}
     for name, parameter in student.named_parameters():
-        if is_new_parameter(name) or ".lora_" in name:
+        if is_new_parameter(name) or is_lora_factor(name):
             tensors[plain_name(name)] = parameter.detach().float().cpu()
         elif is_trained_in_full(name):
             weights[plain_name(name)] = parameter.detach().cpu()
@@ -363,7 +379,7 @@ def _start_workers() -> Workers:
 
 
 def _check_peft(recipe: Recipe) -> None:
-    """Say at the start, not after stage 1, that stage 2 will need peft."""
+    """Say at the start, not after stage 1, that LoRA will need peft."""
     if recipe.recovery.steps and recipe.recovery.train == "lora":
         try:
             metadata.version("peft")
@@ -479,7 +495,7 @@ def _stage_facts(log: Path, recipe: Recipe) -> dict[str, Any]:
     recovery = recipe.recovery
     carried_tokens = (recovery.carried_sequences or recovery.batch_sequences) * recipe.sequence_length
     facts: dict[str, Any] = {}
-    for stage in (1, 2):
+    for stage in (0, 1, 2):
         rows = [row for row in read_log(log) if row["stage"] == stage]
         if not rows:
             continue

@@ -1,4 +1,4 @@
-"""The losses of the two stages.
+"""The losses of the stages.
 
 Legend: B sequences, T tokens, H heads, D head width, V vocabulary.
 """

@@ -35,6 +35,12 @@ def model_card(run: dict[str, Any], recipe: Recipe, *, name: str, table: str | N
         )
     elif tokens:
         trained += " No task data was in the training data."
+    if (tuning := stages.get("0")) is not None:
+        trained += (
+            f" First, in {tuning['steps']} steps, LoRA factors learned these data in the teacher's softmax "
+            f"attention (loss {tuning['first_loss']:.3g} to {tuning['last_loss']:.3g}); linear attention was "
+            "fitted to the teacher with them."
+        )
     lines = [
         "---",
         "library_name: transformers",

@@ -561,7 +561,7 @@ class DataSource(_Settings):
 
 @dataclass(frozen=True)
 class _OptimizerSettings(_Settings):
-    """What the two stages have in common."""
+    """What the stages have in common."""
 
     steps: int = 100
     batch_sequences: int = 16
@@ -594,6 +594,42 @@ class _OptimizerSettings(_Settings):
             raise _fail("betas", list(self.betas), "each must be at least 0 and below 1.")
         if self.steps and self.warmup_steps >= self.steps:
             raise _fail("warmup_steps", self.warmup_steps, f"it must be below steps, which is {self.steps}.")
+
+
+@dataclass(frozen=True)
+class TeacherTuningSettings(_OptimizerSettings):
+    """Stage 0: the LoRA factors of stage 2 learn the data's tasks in the teacher's softmax attention, which
+    stage 1 then fits linear attention to.
+
+    They are made as `recovery` says (`lora_rank`, `lora_alpha`, `lora_targets`), trained by its losses
+    (`cross_entropy_weight`, `kl_weight`, the weights of tokens; no `carried_segments`), and go on training in
+    stage 2. Nothing else trains here.
+
+    Args:
+        steps: Optimizer steps; 0 skips the stage. Above 0 it needs `recovery.train: lora` and
+            `recovery.steps` above 0.
+        batch_sequences: Sequences a step, over all processes.
+        learning_rate: Peak learning rate.
+        min_learning_rate_ratio: The last learning rate over the peak one (not with schedule constant).
+        warmup_steps: Steps over which the learning rate grows linearly from zero.
+        schedule: After the warm-up, `"cosine"` or `"linear"` from the peak down, `"trapezoid"` (at the peak,
+            then linearly down), or `"constant"`.
+        decay_share: Share of the steps after the warm-up in which a trapezoid goes down.
+        weight_decay: AdamW's.
+        betas: AdamW's.
+        max_grad_norm: Norm to which gradients are clipped.
+        gate_penalty: Not for this stage; softmax attention has no gates.
+
+    Example:
+        >>> TeacherTuningSettings(steps=20).learning_rate
+        0.001
+    """
+
+    steps: int = 0
+
+    def _without_effect(self) -> dict[str, str]:
+        reason = "is for stages that run linear attention, which has the gates"
+        return {**super()._without_effect(), "gate_penalty": reason}
 
 
 @dataclass(frozen=True)
@@ -739,6 +775,9 @@ class RecoverySettings(_OptimizerSettings):
             raise _fail(
                 "cross_entropy_weight", 0.0, "kl_weight is 0 too, which leaves no loss; set one above 0."
             )
+
+
+StageSettings = TeacherTuningSettings | AttentionTransferSettings | RecoverySettings
 
 
 @dataclass(frozen=True)
@@ -939,6 +978,7 @@ class Recipe(_Settings):
             device is good at.
         model: The student's operator.
         data: Ingredients of the training data; text of the teacher's own when not given.
+        teacher_tuning: Stage 0, which is skipped when not given.
         attention_transfer: Stage 1.
         recovery: Stage 2.
         checkpoint: When training state is saved.
@@ -968,6 +1008,7 @@ class Recipe(_Settings):
     precision: Precision = "auto"
     model: ModelSettings = ModelSettings()
     data: tuple[DataSource, ...] = (DataSource(provider="teacher"),)
+    teacher_tuning: TeacherTuningSettings = TeacherTuningSettings()
     attention_transfer: AttentionTransferSettings = AttentionTransferSettings()
     recovery: RecoverySettings = RecoverySettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
@@ -986,6 +1027,14 @@ class Recipe(_Settings):
             penalty = getattr(self, stage).gate_penalty
             if penalty and self.model.gate == "none":
                 raise _fail(f"{stage}.gate_penalty", penalty, "it must be 0 with model.gate: none.")
+        if self.teacher_tuning.steps and (self.recovery.train != "lora" or not self.recovery.steps):
+            got = "train: all" if self.recovery.train != "lora" else "steps: 0"
+            raise _fail(
+                "teacher_tuning.steps",
+                self.teacher_tuning.steps,
+                f"it trains the LoRA factors of recovery, which has {got}; set it to 0, or recovery to "
+                "train: lora with steps above 0.",
+            )
         if self.recovery.carried_segments and all(source.carried_weight == 0 for source in self.data):
             raise _fail(
                 "recovery.carried_segments", self.recovery.carried_segments, "every carried_weight is 0."
@@ -1139,7 +1188,11 @@ class Recipe(_Settings):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as plain dicts and lists, without what is not set or has no effect."""
-        return _write(self)
+        values = _write(self)
+        # So that recipes without this stage keep the fingerprint that their unfinished runs know them by.
+        if self.teacher_tuning == TeacherTuningSettings():
+            del values["teacher_tuning"]
+        return values
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML that `from_yaml` reads back to an equal one."""

@@ -1,4 +1,5 @@
-"""Stage 2, recovery: the student end to end on next tokens and on the teacher's logits.
+"""Stage 2, recovery: the student end to end on next tokens and on the teacher's logits. And stage 0, teacher
+tuning: the LoRA factors alone by the same losses, through the teacher's softmax attention.
 
 With LoRA the teacher is the same model with its factors switched off and softmax attention switched on, so a
 second copy of the weights is needed only where all weights train.
@@ -25,11 +26,12 @@ from lawcat.model.modeling_lawcat import LawcatForCausalLM
 
 
 class RecoveryModel:
-    """The student with what trains in stage 2, and the teacher inside or beside it.
+    """The student with what trains in stages 0 and 2, and the teacher inside or beside it.
 
     Args:
-        student: After stage 1. With LoRA its linear layers are replaced in place. Where it is in bfloat16,
-            ``full_targets`` need autocast around all that follows: their weights become float32.
+        student: After stage 1, or before stage 0. With LoRA its linear layers are replaced in place. Where it
+            is in bfloat16, ``full_targets`` need autocast around all that follows: their weights become
+            float32.
         settings: The stage's settings.
 
     Attributes:
@@ -52,6 +54,17 @@ class RecoveryModel:
         for name, parameter in student.named_parameters():
             if settings.train == "all" or is_new_parameter(name):
                 parameter.requires_grad_(True)
+        self._trained = {name for name, p in student.named_parameters() if p.requires_grad}
+
+    def train_factors(self) -> None:
+        """Let the LoRA factors train and nothing else, as stage 0 does."""
+        for name, parameter in self.student.named_parameters():
+            parameter.requires_grad_(is_lora_factor(name))
+
+    def train_all(self) -> None:
+        """Let all train that does in stage 2; so it is when this object is made."""
+        for name, parameter in self.student.named_parameters():
+            parameter.requires_grad_(name in self._trained)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer's groups: new parameters, LoRA factors or the teacher's weights, and those
@@ -97,6 +110,7 @@ class RecoveryModel:
         kl_factor: Tensor | None = None,
         *,
         total_weight: Tensor | float,
+        uses_softmax: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return loss, cross-entropy and KL, each the weighted sum over these tokens divided by
         ``total_weight``.
@@ -106,10 +120,12 @@ class RecoveryModel:
             loss_weight: The weight of predicting each of them [B, T].
             kl_factor: What the KL of each counts beside that [B, T]; None for 1 everywhere.
             total_weight: The sum of weights of the whole step, over all processes.
+            uses_softmax: Whether the losses are the teacher's with the LoRA factors, and not the student's.
         """
         settings = self._settings
         teacher_hidden = self.teacher_hidden(input_ids) if settings.kl_weight else None
-        hidden = self.student.model(input_ids, use_cache=False).last_hidden_state
+        with self.student.teacher_mode() if uses_softmax else contextlib.nullcontext():
+            hidden = self.student.model(input_ids, use_cache=False).last_hidden_state
         sums = language_loss(
             hidden[:, :-1],
             self.student.lm_head.weight,
@@ -197,6 +213,15 @@ def _add_lora(student: LawcatForCausalLM, settings: RecoverySettings) -> None:
     for name, parameter in student.named_parameters():
         if is_trained_in_full(name):  # bfloat16 would round small updates away
             parameter.data = parameter.data.float()
+
+
+def is_lora_factor(name: str) -> bool:
+    """Return whether a parameter's name is that of a LoRA factor.
+
+    >>> is_lora_factor("model.layers.0.self_attn.q_proj.lora_A.default.weight")
+    True
+    """
+    return ".lora_" in name
 
 
 def is_trained_in_full(name: str) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
-from lawcat.distill.recipe import AttentionTransferSettings, RecoverySettings
+from lawcat.distill.recipe import StageSettings
 
 
-def learning_rate_factor(step: int, settings: AttentionTransferSettings | RecoverySettings) -> float:
+def learning_rate_factor(step: int, settings: StageSettings) -> float:
     """Return the learning rate of a step, counted from 0, over its peak.
 
+    >>> from lawcat.distill.recipe import AttentionTransferSettings
     >>> settings = AttentionTransferSettings(steps=10, warmup_steps=2, min_learning_rate_ratio=0.1)
     >>> [round(learning_rate_factor(step, settings), 2) for step in (0, 1, 2, 9)]
     [0.5, 1.0, 1.0, 0.13]

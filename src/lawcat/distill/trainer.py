@@ -1,4 +1,4 @@
-"""The loop that both stages share: data, gradients over processes, clipping, checkpoints, interruption, the
+"""The loop that all stages share: data, gradients over processes, clipping, checkpoints, interruption, the
 log."""
 
 from __future__ import annotations
@@ -20,12 +20,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lawcat.convert.initialize import is_new_parameter
 from lawcat.distill.attention_transfer import attention_transfer_losses
 from lawcat.distill.checkpoint import TrainingState, capture_rng, restore_rng, save_checkpoint
 from lawcat.distill.gate_penalty import GatePenalty
 from lawcat.distill.mixture import Mixture
-from lawcat.distill.recipe import AttentionTransferSettings, Recipe, RecoverySettings
-from lawcat.distill.recovery import RecoveryModel
+from lawcat.distill.recipe import (
+    AttentionTransferSettings,
+    Recipe,
+    RecoverySettings,
+    StageSettings,
+    TeacherTuningSettings,
+)
+from lawcat.distill.recovery import RecoveryModel, is_lora_factor
 from lawcat.distill.schedule import learning_rate_factor
 from lawcat.distill.sequence import Batch
 from lawcat.distill.sources import seed_of
@@ -40,14 +47,14 @@ _GATE_STATISTICS_EVERY = 10
 
 
 class Stage(Protocol):
-    """One of the two stages: what trains, and one step's gradients."""
+    """One of the stages: what trains, and one step's gradients."""
 
     number: int
     title: str
     student: LawcatForCausalLM
 
     @property
-    def settings(self) -> AttentionTransferSettings | RecoverySettings:
+    def settings(self) -> StageSettings:
         """The stage's part of the recipe."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -57,14 +64,48 @@ class Stage(Protocol):
         """Add this process's gradients and return its losses; both are summed over the processes."""
 
 
+class TeacherTuningStage:
+    """Stage 0: the LoRA factors of stage 2 in the teacher's softmax attention; see ``recovery.py``.
+
+    From here on nothing but them trains, until another stage is made.
+    """
+
+    number, title = 0, "teacher tuning"
+
+    def __init__(self, recovery: RecoveryModel, settings: TeacherTuningSettings) -> None:
+        self.student, self.settings = recovery.student, settings
+        self._recovery = recovery
+        recovery.train_factors()
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the LoRA factors."""
+        factors = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+        return [{"name": "base", "params": factors, "peak": self.settings.learning_rate}]
+
+    def backward(self, batch: Any, workers: Workers) -> dict[str, Tensor]:
+        """Return ``loss``, ``cross_entropy`` and ``kl``, weighted means over tokens."""
+        total_weight = workers.sum(batch.loss_weight[:, 1:].sum())
+        loss, cross_entropy, kl = self._recovery.losses(
+            batch.input_ids,
+            batch.loss_weight,
+            batch.kl_factor,
+            total_weight=total_weight,
+            uses_softmax=True,
+        )
+        torch.autograd.backward(loss)
+        return {"loss": loss.detach(), "cross_entropy": cross_entropy, "kl": kl}
+
+
 class AttentionTransferStage:
-    """Stage 1; see ``attention_transfer.py``."""
+    """Stage 1; see ``attention_transfer.py``. LoRA factors that stage 0 has left are part of the teacher."""
 
     number, title = 1, "attention transfer"
 
     def __init__(self, student: LawcatForCausalLM, settings: AttentionTransferSettings) -> None:
         self.student, self.settings = student, settings
         self._penalty = GatePenalty(student, settings.gate_penalty)
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(is_new_parameter(name))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the new parameters, the only ones that train here."""
@@ -103,6 +144,7 @@ class RecoveryStage:
         self._sequence_length = sequence_length
         self._recovery = recovery
         self._penalty = GatePenalty(recovery.student, settings.gate_penalty)
+        recovery.train_all()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return new parameters and LoRA factors (or the teacher's weights)."""
@@ -236,9 +278,10 @@ class StageContext:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def trainable(student: LawcatForCausalLM) -> dict[str, Tensor]:
-    """Return the parameters that train, by name."""
-    return {name: p for name, p in student.named_parameters() if p.requires_grad}
+def trained(student: LawcatForCausalLM) -> dict[str, Tensor]:
+    """Return what training has moved or moves, by name: the parameters that train, and LoRA factors, which
+    stage 1 holds as stage 0 has left them."""
+    return {name: p for name, p in student.named_parameters() if p.requires_grad or is_lora_factor(name)}
 
 
 def train_stage(stage: Stage, context: StageContext, resume_from: TrainingState | None) -> None:
@@ -267,7 +310,7 @@ def train_stage(stage: Stage, context: StageContext, resume_from: TrainingState 
     if resume_from is not None:
         start = resume_from.step
         with torch.no_grad():
-            for name, parameter in trainable(student).items():
+            for name, parameter in trained(student).items():
                 parameter.copy_(resume_from.parameters[name])
         training_step.load_state_dict(resume_from.optimizer)
         restore_rng(resume_from.rng)
@@ -281,7 +324,7 @@ def train_stage(stage: Stage, context: StageContext, resume_from: TrainingState 
                 step=step,
                 recipe_fingerprint=context.recipe_fingerprint,
                 teacher_fingerprint=context.teacher_fingerprint,
-                parameters={name: p.detach() for name, p in trainable(student).items()},
+                parameters={name: p.detach() for name, p in trained(student).items()},
                 optimizer=training_step.state_dict(),
                 rng=capture_rng(),
                 data_index=_first_sequence(context, settings, step),
@@ -343,9 +386,7 @@ def train_stage(stage: Stage, context: StageContext, resume_from: TrainingState 
                 raise KeyboardInterrupt
 
 
-def _request(
-    context: StageContext, settings: AttentionTransferSettings | RecoverySettings, step: int
-) -> tuple[int, int, int]:
+def _request(context: StageContext, settings: StageSettings, step: int) -> tuple[int, int, int]:
     """Return what this process reads in a step: first sequence, how many, and of how many segments."""
     count, num_segments = settings.batch_sequences, 1
     if isinstance(settings, RecoverySettings) and settings.carried_segments:
@@ -360,9 +401,7 @@ def _request(
     return first, share, num_segments
 
 
-def _first_sequence(
-    context: StageContext, settings: AttentionTransferSettings | RecoverySettings, step: int
-) -> int:
+def _first_sequence(context: StageContext, settings: StageSettings, step: int) -> int:
     """Return the number of a step's first sequence; no two steps share one, be it a long or a short."""
     carried = getattr(settings, "carried_sequences", None) or 0
     return context.first_sequence + step * max(settings.batch_sequences, carried)
@@ -384,7 +423,8 @@ def _not_finite(
     The parameters are still those of that step.
     """
     batch = batch.to(next(stage.student.parameters()).device)
-    where = _first_layer_not_finite(values, stage.student, batch.input_ids)
+    with stage.student.teacher_mode() if stage.number == 0 else contextlib.nullcontext():
+        where = _first_layer_not_finite(values, stage.student, batch.input_ids)
     what = f"loss is not finite, first in {where}"
     if where is None:
         if training_step.is_queued:  # the gradients are no more there

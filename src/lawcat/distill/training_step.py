@@ -1,4 +1,4 @@
-"""One step of either stage: gradients, clipping, the optimizer, and what is measured.
+"""One step of any stage: gradients, clipping, the optimizer, and what is measured.
 
 On a GPU nothing here waits for it: a step is queued while the one before it runs. Whether losses and
 gradients are finite is therefore decided on the GPU, too: after a number that is not one, no step changes a
