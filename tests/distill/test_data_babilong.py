@@ -406,7 +406,7 @@ def test_the_search_asks_how_stories_count() -> None:
     }
     both = {"label_weight", "answer_kl_weight"}
     lookups = {name: keys for name, keys in said.items() if name.startswith("lookups")}
-    assert len(lookups) == 10
+    assert len(lookups) == 11
     assert all(keys == {*both, "noise_shares"} for keys in lookups.values())
     assert {name: keys for name, keys in said.items() if keys and name not in lookups} == {
         "stories-labels-64": {"label_weight"},

@@ -266,11 +266,7 @@ def test_the_search_changes_little_at_a_time() -> None:
         before = search.variant("lookups") if name.startswith("lookups-") else base
         changed = [
             field.name
-            for part in (
-                "model",
-                "attention_transfer",
-                "recovery",
-            )
+            for part in ("model", "teacher_tuning", "attention_transfer", "recovery")
             for field in dataclasses.fields(getattr(before, part))
             if getattr(getattr(before, part), field.name) != getattr(getattr(found, part), field.name)
         ]
