@@ -367,10 +367,12 @@ def train_stage(stage: Stage, context: StageContext, resume_from: TrainingState 
         at_end.enter_context(context.interruption.after_step())
         batches = context.mixture.batches(requests, ahead=workers.device.type != "cpu")
         for step, batch in enumerate(batches, start):
+            is_due = step % _GATE_STATISTICS_EVERY == 0 or step == settings.steps - 1
             measured = training_step(
                 batch,
                 learning_rate_factor=learning_rate_factor(step, settings),
-                watches_gates=step % _GATE_STATISTICS_EVERY == 0 or step == settings.steps - 1,
+                # Softmax has no gates, and a step that watches them is captured as a graph of its own.
+                watches_gates=is_due and stage.number != TeacherTuningStage.number,
             )
             queued.append((step, batch, measured))
             # While a GPU does a step, the one before it is looked at and the next is queued.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,6 +100,7 @@ def linear_attention_mixer(
     if has_gate and not gate_is_logit:
         _check_range(gate, min_log_decay)
     name = choose_backend(backend, q.device.type)
+    runs_kernels = False
     if name == "triton" and q.numel():
         unsupported = support.unsupported_because(
             q, k, v, gate, map_weight, q_taps, k_taps, initial_state,
@@ -106,33 +108,32 @@ def linear_attention_mixer(
         )  # fmt: skip
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q_inputs, k_inputs)):
             unsupported = "q_inputs or k_inputs requires a gradient, which the kernels do not give"
-        if kernels_or_torch(backend, q.device.type, unsupported):
-            count_call("mixer", "triton")
-            return _run_kernels(
-                q, k, v, gate, map_weight, q_taps, k_taps, gate_is_logit, gate_divisor, min_log_decay,
-                initial_state, q_inputs, k_inputs, mask, boundaries, normalize, eps, keep_inputs,
-            )  # fmt: skip
-        name = "torch"
-    if boundaries is not None:
+        runs_kernels = kernels_or_torch(backend, q.device.type, unsupported)
+        name = "triton" if runs_kernels else "torch"
+    options: dict[str, Any] = {
+        "q_taps": q_taps, "k_taps": k_taps, "gate_is_logit": gate_is_logit, "gate_divisor": gate_divisor,
+        "min_log_decay": min_log_decay, "normalize": normalize, "eps": eps,
+    }  # fmt: skip
+    if boundaries is not None and not runs_kernels:
         return _packed_by_sequence(
             q, k, v, gate, map_weight, boundaries, mask, initial_state, q_inputs, k_inputs,
-            q_taps=q_taps, k_taps=k_taps, gate_is_logit=gate_is_logit, gate_divisor=gate_divisor,
-            min_log_decay=min_log_decay, normalize=normalize, eps=eps, keep_inputs=keep_inputs, backend=name,
+            **options, keep_inputs=keep_inputs, backend=name,
         )  # fmt: skip
-    with without_autocast(q):
-        run = _by_the_definition if name == "reference" else linear_attention_mixer_chunked
-        if name != "reference":
-            count_call("recurrence", "torch")
-        output, state = run(
-            q, k, v, gate, map_weight, q_taps=q_taps, k_taps=k_taps, gate_is_logit=gate_is_logit,
-            gate_divisor=gate_divisor, min_log_decay=min_log_decay, initial_state=initial_state,
-            q_inputs=q_inputs, k_inputs=k_inputs, mask=mask, normalize=normalize, eps=eps,
-        )  # fmt: skip
-        if q_taps is None or not keep_inputs:
-            return output, state, None, None
-        kept = q_taps.shape[1] - 1
-        q_inputs = last_inputs(q, q.shape[2], kept, q_inputs, mask)
-        k_inputs = last_inputs(k, map_weight.shape[0], kept, k_inputs, mask)
+    options |= {"initial_state": initial_state, "q_inputs": q_inputs, "k_inputs": k_inputs, "mask": mask}
+    if runs_kernels:
+        count_call("mixer", "triton")
+        output, state = _run_kernels(q, k, v, gate, map_weight, boundaries=boundaries, **options)
+    else:
+        with without_autocast(q):
+            run = _by_the_definition if name == "reference" else linear_attention_mixer_chunked
+            if name != "reference":
+                count_call("recurrence", "torch")
+            output, state = run(q, k, v, gate, map_weight, **options)
+    if q_taps is None or not keep_inputs:
+        return output, state, None, None
+    kept = q_taps.shape[1] - 1
+    q_inputs = last_inputs(q, q.shape[2], kept, q_inputs, mask, boundaries)
+    k_inputs = last_inputs(k, map_weight.shape[0], kept, k_inputs, mask, boundaries)
     return output, state, q_inputs, k_inputs
 
 
@@ -258,6 +259,7 @@ def _run_kernels(
     v: Tensor,
     gate: Tensor,
     map_weight: Tensor,
+    *,
     q_taps: Tensor | None,
     k_taps: Tensor | None,
     gate_is_logit: bool,
@@ -270,32 +272,23 @@ def _run_kernels(
     boundaries: tuple[int, ...] | None,
     normalize: bool,
     eps: float,
-    keep_inputs: bool,
-) -> MixerResult:
+) -> tuple[Tensor, Tensor]:
     from .triton.function import run
     from .triton.mixer import MixerInputs, MixerOptions
 
-    state_heads = map_weight.shape[0]
     if q_taps is None:
         q_inputs = k_inputs = None
     inputs = MixerInputs(
         q=q, k=k, v=v, gate=gate, q_taps=q_taps, k_taps=k_taps, map_weight=map_weight,
         initial_state=initial_state, q_before=q_inputs, k_before=k_inputs,
-        keep=None if mask is None else mask != 0, boundaries=boundaries, num_state_heads=state_heads,
+        keep=None if mask is None else mask != 0, boundaries=boundaries, num_state_heads=map_weight.shape[0],
     )  # fmt: skip
     # Floats, since the kernels are compiled anew for integers.
     options = MixerOptions(
         is_logit=gate_is_logit, gate_divisor=float(gate_divisor), min_log_decay=float(min_log_decay),
         normalize=normalize, eps=float(eps),
     )  # fmt: skip
-    output, state = run(inputs, options)
-    if not keep_inputs:
-        q_inputs = k_inputs = None
-    elif q_taps is not None:
-        kept = q_taps.shape[1] - 1
-        q_inputs = last_inputs(q, q.shape[2], kept, q_inputs, mask, boundaries)
-        k_inputs = last_inputs(k, state_heads, kept, k_inputs, mask, boundaries)
-    return output, state, q_inputs, k_inputs
+    return run(inputs, options)
 
 
 def _packed_by_sequence(
