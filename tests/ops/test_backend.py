@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
+import re
 import threading
 from collections import Counter
 
@@ -11,6 +13,7 @@ import torch
 
 from lawcat.errors import BackendError
 from lawcat.ops import backend, backend_names, choose_backend, explain, gated_linear_attention, use_backend
+from lawcat.ops.triton import support
 from small_models import make_model
 
 
@@ -144,3 +147,49 @@ def test_explain_says_why_one_cannot_run(monkeypatch: pytest.MonkeyPatch) -> Non
     absent = backend.Backend("absent", "not there", lambda: "no such device")
     monkeypatch.setattr(backend, "_BACKENDS", (*backend._BACKENDS, absent))
     assert "absent: not there (not available: no such device)" in explain()
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        ("3.5.1", "triton is 3.5.1; 3.6 or newer is needed"),
+        (None, "the package triton is not installed (it comes with PyTorch for CUDA)"),
+    ],
+)
+def test_a_gpu_without_a_triton_of_today(
+    version: str | None, reason: str, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """ "auto" takes PyTorch and says so once; who asks for the kernels is told what is needed."""
+
+    def installed(package: str) -> str:
+        assert package == "triton"
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return version
+
+    monkeypatch.setattr(support.importlib.metadata, "version", installed)
+    monkeypatch.setattr(support, "missing", support.missing.__wrapped__)
+    monkeypatch.setattr(backend, "_fallbacks", {})
+    assert [choose_backend("auto", "cuda") for _ in range(2)] == ["torch", "torch"]
+    assert [str(w.message) for w in recwarn] == [f"lawcat's kernels are not used: {reason}."]
+    assert f"fell back to torch: {reason}" in explain()
+    x = torch.rand(1, 3, 1, 2)
+    with pytest.raises(BackendError, match=re.escape(f"backend='triton' cannot run: {reason}")):
+        gated_linear_attention(x, x, x, -x, backend="triton")
+    with use_backend("torch"):
+        choose_backend("auto", "cuda")
+    choose_backend("auto", "cpu")
+    assert len(recwarn) == 1, "asked for, and on a CPU, it is nothing to warn of"
+
+
+def test_a_gpu_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which tensors are on a GPU is all that is needed to know it."""
+    monkeypatch.setattr(support, "missing", lambda: None)
+    monkeypatch.setattr(support, "is_interpreted", lambda: False)
+    monkeypatch.setattr(support, "too_old", support.too_old.__wrapped__)
+    found = []
+    for capability in ((7, 5), (8, 0), (9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        found.append(support._cannot_run_on(torch.device("cuda", 0)))
+    assert found == ["the GPU's compute capability is 7.5; 8.0 or newer is needed", None, None]
+    assert support._cannot_run_on(torch.device("cpu")) == "the tensors are on cpu; the kernels run on cuda"

@@ -80,13 +80,16 @@ def choose_backend(backend: str = "auto", device: str = "cpu") -> str:
     """Return the name of the implementation that a call with this ``backend`` runs.
 
     An explicit name wins; then ``use_backend``; then the environment variable ``LAWCAT_BACKEND``; then the
-    fastest that can run on this type of device. A compiled function keeps the choice of the time it was
-    compiled.
+    fastest that can run on this type of device; that kernels are missing on a GPU is said once, as a warning.
+    A compiled function keeps the choice of the time it was compiled.
 
     Raises:
         BackendError: for a name that does not exist.
     """
-    return _choose(backend, device)[0]
+    name, source = _choose(backend, device)
+    if device == "cuda" and source is None and (reason := support.missing()):
+        _say_once(reason)
+    return name
 
 
 def _choose(backend: str = "auto", device: str = "cpu") -> tuple[str, str | None]:
@@ -143,10 +146,15 @@ def kernels_or_torch(backend: str, device: str, unsupported: str | None) -> bool
     _, source = _choose(backend, device)
     if source is not None:
         raise BackendError(f"{source}='triton' cannot run: {unsupported}. Use backend='torch'.")
-    if unsupported not in _fallbacks:
-        _fallbacks[unsupported] = None
-        warnings.warn(f"lawcat's kernels are not used: {unsupported}.", stacklevel=3)
+    _say_once(unsupported)
     return False
+
+
+def _say_once(reason: str) -> None:
+    """Warn, as of who called the operator, that PyTorch's operations run on a GPU."""
+    if reason not in _fallbacks:
+        _fallbacks[reason] = None
+        warnings.warn(f"lawcat's kernels are not used: {reason}.", stacklevel=4)
 
 
 def _checked(name: str, source: str) -> str:
