@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from lawcat.bench.report import (
     crossing,
     crossovers,
     markdown,
+    plot,
     read_results,
     write_report,
     write_results,
@@ -106,6 +108,22 @@ def test_files(tmp_path: Path) -> None:
 def test_a_png(tmp_path: Path) -> None:
     page = write_report(tmp_path, RESULTS)
     assert (page.parent / "operator-forward-small-1.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_is_log_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    figure_module = pytest.importorskip("matplotlib.figure")
+    seen: list[tuple[str, str, list[list[float]]]] = []
+    save = figure_module.Figure.savefig
+
+    def noting(figure: Any, *arguments: object, **options: object) -> None:
+        (axes,) = figure.axes
+        lines = [list(map(float, line.get_ydata())) for line in axes.get_lines()]
+        seen.append((axes.get_xscale(), axes.get_yscale(), lines))
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(figure_module.Figure, "savefig", noting)
+    plot(RECORDS)
+    assert seen == [("log", "log", [[2.0, 2.0, 4.0], [1.0, 4.0]])]
 
 
 def test_mistakes(tmp_path: Path) -> None:

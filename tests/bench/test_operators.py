@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 import warnings
 from dataclasses import replace
 
@@ -190,6 +192,41 @@ def test_every_backend_is_a_contender(is_interpreted: bool, monkeypatch: pytest.
     left_out = ("auto", "reference", "triton") if is_interpreted else ("auto", "reference")
     assert names == [f"lawcat ({name})" for name in backend_names() if name not in left_out]
     assert [mixer.name for mixer in mixers(("reference",)) if mixer.is_ours] == ["lawcat (reference)"]
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_our_mixer_keeps_nothing_for_a_next_call(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention beside it does not copy its cache either."""
+
+    def copies(*arguments: object, **options: object) -> Tensor:
+        raise AssertionError("copied")
+
+    monkeypatch.setattr("lawcat.ops.fused.last_inputs", copies)
+    (mixer,) = (mixer for mixer in mixers((backend,)) if mixer.is_ours)
+    assert_near(mixer.forward(inputs()), linear_reference(inputs()), 1e-12)
+
+
+def test_the_package_flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Called with tensors laid out as it takes them, [B, T, heads, D], kv heads not repeated."""
+    mixer = next(mixer for mixer in mixers() if mixer.name == "flash-attn")
+    gpu = torch.device("cuda")
+    monkeypatch.setattr("lawcat.bench.mixers.util.find_spec", lambda name: None)
+    assert mixer.unavailable_because(gpu, torch.bfloat16) == "the package 'flash_attn' is not installed"
+    monkeypatch.setattr("lawcat.bench.mixers.util.find_spec", lambda name: name)
+    assert mixer.unavailable_because(gpu, torch.bfloat16) is None
+    assert mixer.unavailable_because(gpu, torch.float32) == "runs in bfloat16 and float16 only"
+    assert mixer.unavailable_because(CPU, torch.bfloat16) == "runs on a GPU only"
+
+    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        assert q.shape[1] == 2 * k.shape[1]
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return attend(q, k, v, is_causal=causal, enable_gqa=True).transpose(1, 2)
+
+    package = types.ModuleType("flash_attn")
+    package.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    assert_near(mixer.forward(inputs()), softmax_reference(inputs()), 1e-12)
 
 
 def test_onnx_runtime() -> None:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from comparison import assert_near
 from lawcat.ops import gated_linear_attention, gated_linear_attention_step, linear_attention_mixer
-from lawcat.ops.convolution import causal_conv1d_of_heads
+from lawcat.ops.convolution import causal_conv1d_of_heads, last_inputs
 
 KV_HEADS, HEADS, WIDTH = 2, 8, 32
 
@@ -82,3 +82,17 @@ def test_a_convolution() -> None:
     with NewMemory() as memory:
         y, _ = causal_conv1d_of_heads(x, taps)
     assert len(memory.larger_than(y.nbytes // 2)) == 1, memory.made
+
+
+@pytest.mark.parametrize("heads", [KV_HEADS, HEADS])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("taps", [2, 4])
+def test_what_a_convolution_leaves_for_the_next_call(taps: int, batch: int, heads: int) -> None:
+    """Copied once, heads that share an input included, and apart from the input, which may then be freed."""
+    x = torch.randn(batch, 9, KV_HEADS, WIDTH)
+    with NewMemory() as memory:
+        found = last_inputs(x, heads, taps - 1, None)
+    assert [nbytes for _, nbytes in memory.made] == [found.nbytes], memory.made
+    expected = x[:, 10 - taps :].repeat_interleave(heads // KV_HEADS, dim=2).flatten(2).transpose(1, 2)
+    assert torch.equal(found, expected)
+    assert found.is_contiguous()

@@ -283,6 +283,7 @@ def _ours(backend: str) -> Mixer:
             gate_divisor=shape.gate_divisor,
             min_log_decay=shape.min_log_decay,
             eps=shape.eps,
+            keep_inputs=False,  # of no use to who reads the output alone
             backend=backend,
         )
         return output

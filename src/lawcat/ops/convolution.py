@@ -138,11 +138,10 @@ def last_inputs(
     last = last.permute(0, 2, 3, 1)  # [B, G, D, tokens]
     if groups != heads:
         last = last[:, :, None].expand(-1, -1, heads // groups, -1, -1)
-    last = last.reshape(batch, heads * width, tokens - first)
     missing = kept - tokens + first
     if missing:
         shape = (batch, heads * width, missing)
         earlier = x.new_zeros(shape) if before is None else before[:, :, -missing:].to(x.dtype)
-        return torch.cat([earlier, last], dim=2)
-    # Not a view, which would hold all of x in memory.
-    return last.clone(memory_format=torch.contiguous_format)
+        return torch.cat([earlier, last.reshape(batch, heads * width, tokens - first)], dim=2)
+    # Not a view, which would hold all of x in memory; copied once, repeated heads and order at the same time.
+    return last.clone(memory_format=torch.contiguous_format).view(batch, heads * width, kept)
