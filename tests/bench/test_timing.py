@@ -99,6 +99,28 @@ def test_peak_memory_of_the_process() -> None:
     assert 50e6 < memory.peak_bytes < 100e6
 
 
+def test_memory_that_the_first_call_takes_and_keeps() -> None:
+    """As a training step's: its optimizer's, its graph's."""
+    kept: list[torch.Tensor] = []
+
+    def run() -> None:
+        if not kept:
+            kept.append(torch.ones(16 * 2**20))  # 64 MiB, written
+
+    peaks = {}
+    for is_first_call_counted in (False, True):
+        kept.clear()
+        found = time_by_turns({"run": run}, CPU, seconds=0.001, is_first_call_counted=is_first_call_counted)[
+            "run"
+        ]
+        assert isinstance(found, Timing)
+        peaks[is_first_call_counted] = found.peak_memory_bytes
+    if peaks[True] is None:
+        pytest.skip("this system does not tell")
+    assert peaks[False] < 20e6
+    assert 50e6 < peaks[True] < 100e6
+
+
 def test_what_would_take_far_too_long_is_left_out() -> None:
     limits = Limits(seconds=0.1)
     assert limits.reason("a", 1024) is None

@@ -77,12 +77,15 @@ class _Runner:
         self.peak_memory_bytes: int | None = None
         self.graph: CudaGraph | None = None
 
-    def prepare(self, cuda_graphs: bool) -> float:
+    def prepare(self, cuda_graphs: bool, is_first_call_counted: bool) -> float:
         """Make the first calls and return the seconds that one takes once everything is compiled."""
-        self.first_call_s = self._wall_s()
+        with PeakMemory(self.device) as first:
+            self.first_call_s = self._wall_s()
         with PeakMemory(self.device) as memory:
             warm_s = self._wall_s()
         self.peak_memory_bytes = memory.peak_bytes
+        if is_first_call_counted and first.peak_bytes is not None:
+            self.peak_memory_bytes = max(first.peak_bytes, memory.peak_bytes or 0)
         if cuda_graphs:
             self._capture()
             warm_s = self._wall_s()
@@ -116,6 +119,7 @@ def time_by_turns(
     seconds: float,
     cuda_graphs: bool = False,
     is_cache_cleared: bool = True,
+    is_first_call_counted: bool = False,
 ) -> dict[str, Timing | Failure]:
     """Return the time of each function, one repetition of each in turn, so that all see the same conditions.
 
@@ -128,6 +132,8 @@ def time_by_turns(
         seconds: About how long each may take in all, after its first calls.
         cuda_graphs: Capture each function and time replays; one that cannot be captured fails.
         is_cache_cleared: Whether to clear the cache of the GPU.
+        is_first_call_counted: Whether the peak of memory is that of the first call too: later ones do not
+            show what that allocates and keeps, as a training step that captures itself does.
 
     Returns:
         By name a time, or why there is none: a function that raises does not stop the others.
@@ -146,7 +152,7 @@ def time_by_turns(
     for name, function in functions.items():
         runner = _Runner(function, device)
         try:
-            warm_s = runner.prepare(cuda_graphs)
+            warm_s = runner.prepare(cuda_graphs, is_first_call_counted)
         except Exception as error:
             found[name] = Failure(failure_reason(error))
             free_memory()

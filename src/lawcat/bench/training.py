@@ -76,7 +76,7 @@ def measure(
             runs = _steps(stage, _random_batch(pair, batch, tokens, device, seed), device, right)
         except Exception as error:
             reasons = dict.fromkeys(names, failure_reason(error))
-        timings = time_by_turns(runs, device, seconds=seconds)
+        timings = time_by_turns(runs, device, seconds=seconds, is_first_call_counted=True)
         runs.clear()  # and with them the graphs, whose memory the next stage may need
         free_memory()
         for name in names:
