@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from mixer_cases import MixerCase, answer, run
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from comparison import assert_near
 from lawcat.ops import gated_linear_attention
+from lawcat.ops.chunked import AttentionShape
 from lawcat.ops.fused import linear_attention_mixer
 
 CASES = (
@@ -39,6 +43,35 @@ def test_the_composition(case: MixerCase, backend: str) -> None:
     assert results.keys() == answer(case).keys()
     for what, actual in results.items():
         assert_near(actual, answer(case)[what], 1e-12, what)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that are no views."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def test_few_long_segments_where_starting_an_operation_costs_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU; "meta" stands for one here."""
+    counts = {}
+    tensors = MixerCase(4096, heads=4, kv_heads=2, state_heads=4, width=4, feature_dim=4).tensors()
+    for device in ("cpu", "meta"):
+        with torch.no_grad(), Operations() as operations:
+            linear_attention_mixer(**{name: t.to(device) for name, t in tensors.items()}, backend="torch")
+        counts[device] = operations.count
+    # The states of 128 chunks of 2 state heads are made one by one; of what else there is, an eighth is left.
+    assert counts["meta"] < counts["cpu"] / 2, counts
+    sizes = AttentionShape(16, 8192, 8, 4, 8, 8, 4), AttentionShape(1, 8192, 8, 4, 8, 2, 4)
+    assert [size.segment_tokens(torch.device("cuda")) for size in sizes] == [512, 32768]
+    case = MixerCase(600, heads=4, kv_heads=2, state_heads=4, width=4, feature_dim=4)
+    monkeypatch.setattr(AttentionShape, "segment_tokens", lambda *_: 1024)
+    output, state, *_ = linear_attention_mixer(**case.tensors(), backend="torch")
+    assert_near(output, answer(case)["output"], 1e-12)
+    assert_near(state, answer(case)["state"], 1e-12)
 
 
 def call(**changes: object) -> None:

@@ -39,6 +39,8 @@ _PAIRWISE_CHUNK_TOKENS = 16
 _LOG_OF_ZERO = {torch.float32: -110.0, torch.float64: -750.0}
 # Longer inputs are taken in segments: what so many tokens need for a head a group fits in a core's cache.
 SEGMENT_TOKENS = 512
+# Elsewhere an operation takes longer to start than to run: longer segments, of so many rows a head.
+_ROWS_OF_SEGMENT = 2**16
 
 
 def gated_linear_attention_chunked(
@@ -85,7 +87,8 @@ def gated_linear_attention_chunked(
     recurrence = ChunkedRecurrence(shape, v, initial_state, dtype, normalize, eps, min_log_decay)
     if not shape.is_empty:
         with without_autocast(v):
-            parts = (torch.split(t, SEGMENT_TOKENS, dim=1) for t in (q, k, v, log_decay))
+            length = shape.segment_tokens(q.device)
+            parts = (torch.split(t, length, dim=1) for t in (q, k, v, log_decay))
             for q_part, k_part, v_part, decay_part in zip(*parts, strict=True):
                 recurrence.begin(v_part, decay_part)
                 by_state_head = zip(shape.by_head(k_part), shape.by_head(q_part), strict=True)
@@ -121,6 +124,14 @@ class AttentionShape(NamedTuple):
     def is_empty(self) -> bool:
         """Whether there is nothing to compute."""
         return 0 in self
+
+    def segment_tokens(self, device: torch.device) -> int:
+        """Return how many tokens are taken at a time."""
+        # A compiler may hold a symbol for the batch.
+        if device.type == "cpu" or torch.compiler.is_compiling():
+            return SEGMENT_TOKENS
+        segments = _ROWS_OF_SEGMENT // (self.batch * self.groups * SEGMENT_TOKENS)
+        return SEGMENT_TOKENS * max(segments, 1)
 
     def by_head(self, t: Tensor) -> list[tuple[Tensor, ...]]:
         """Return t [B, T, heads, W] as views [B, T, G, W]: for each of P state heads, those of its heads."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .chunked import SEGMENT_TOKENS, AttentionShape, ChunkedRecurrence
+from .chunked import AttentionShape, ChunkedRecurrence
 from .decay import log_decay_of
 from .feature_map import features_of
 from .precision import state_dtype
@@ -59,7 +59,7 @@ def linear_attention_mixer_chunked(
     )
     q_previous = k_previous = None
 
-    length = max(SEGMENT_TOKENS, kept)
+    length = max(shape.segment_tokens(q.device), kept)
     parts = [torch.split(t, length, dim=1) for t in (q, k, v, gate)]
     masks = [None] * len(parts[0]) if mask is None else torch.split(mask, length, dim=1)
     for q_part, k_part, v_part, gate_part, keep in zip(*parts, masks, strict=True):
