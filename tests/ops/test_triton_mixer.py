@@ -13,6 +13,7 @@ import torch
 from attention_cases import DECAYS, GRADIENTS, Case
 from attention_cases import answer as operator_answer
 from attention_cases import run as run_operator
+from kernel_cases import configure, kernels, poison  # noqa: F401
 from mixer_cases import MixerCase, answer, definition, run
 from torch import Tensor
 
@@ -29,32 +30,9 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 GRADIENT_TOLERANCE = {torch.float32: 5e-5, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 
 
-@pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full_of_nan(size: Any, **options: Any) -> Tensor:
-        return torch.full(size, float("nan"), **options)
-
-    monkeypatch.setattr(mixer, "allocate", full_of_nan)
-
-
-def configure(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> None:
-    """Chunks and segments of 16 tokens, so that few tokens cross borders, and what else is given."""
-    fields = {"chunk": 16, "segment": 16, "gradient_chunk": 16} | fields
-
-    def choose(*arguments: Any) -> Any:
-        table = choose_configuration(*arguments)
-        return dataclasses.replace(table, sub_block=min(fields["chunk"], table.sub_block), **fields)
-
-    monkeypatch.setattr(mixer, "choose_configuration", choose)
-
-
 @pytest.fixture
 def short_segments(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     configure(monkeypatch, segment=getattr(request, "param", 16))
-
-
-def kernels(**arguments: Any) -> Any:
-    return linear_attention_mixer(**arguments, backend="triton")
 
 
 def check(case: MixerCase, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

@@ -2,49 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 import pytest
 import torch
+from kernel_cases import configure, kernels, poison  # noqa: F401
 from mixer_cases import MixerCase, answer, run
 from torch import Tensor
 
 from comparison import assert_near
 from kernel_device import DEVICE, on_gpu
-from lawcat.ops.fused import linear_attention_mixer
 from lawcat.ops.triton import mixer
-from lawcat.ops.triton.configurations import choose_configuration
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full_of_nan(size: Any, **options: Any) -> Tensor:
-        return torch.full(size, float("nan"), **options)
-
-    monkeypatch.setattr(mixer, "allocate", full_of_nan)
-
-
-def configure(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> None:
-    """Chunks and segments of 16 tokens, and what else is given."""
-
-    def choose(*arguments: Any) -> Any:
-        table = choose_configuration(*arguments)
-        sizes = {"chunk": 16, "segment": 16, "gradient_chunk": 16, "sub_block": min(16, table.sub_block)}
-        return dataclasses.replace(table, **sizes, **fields)
-
-    monkeypatch.setattr(mixer, "choose_configuration", choose)
-
-
-def kernels(**arguments: Any) -> Any:
-    return linear_attention_mixer(**arguments, backend="triton")
-
-
-def check(case: MixerCase, tolerance: float, gradient_tolerance: float) -> None:
-    expected = answer(case)
-    for what, actual in run(kernels, case, torch.float32, DEVICE).items():
-        allowed = gradient_tolerance if what.startswith("gradient") else tolerance
-        assert_near(actual.cpu(), expected[what], allowed, what)
 
 
 def check_forward(case: MixerCase, dtype: torch.dtype = torch.float32, tolerance: float = 1e-5) -> None:
