@@ -57,6 +57,9 @@ def test_sliding_windows_of_the_teacher_are_measured_beside_it(place: Path) -> N
         "--sliding-window", "8,1000", "--sinks", 2, "--report", report, "--records", records,
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
+    # The page has all; what is seen last are the tables.
+    assert result.stdout.rstrip().splitlines()[-1].startswith("| student | ")
+    assert "How it was made" in (report / "report.md").read_text(encoding="utf-8")
     found = results(report)
     names = ["teacher", "teacher + window 8 + 2 sinks", "teacher + window 1000 + 2 sinks", "student"]
     assert sorted(found) == sorted(names)
@@ -94,6 +97,7 @@ def test_a_window_without_a_softmax_model_is_said_to_have_no_effect(place: Path)
     result = run(place / "student", "--lengths", 512, "--samples", 1, "--sliding-window", 64)
     assert result.exit_code == 0, result.stderr
     assert "--sliding-window has no effect" in result.stderr
+    assert "How it was made" in result.stdout
 
 
 def test_outside_data_and_lengths_of_several_tasks_in_one_call(place: Path) -> None:

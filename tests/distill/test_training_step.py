@@ -398,15 +398,14 @@ def test_training_on_a_cpu_leaves_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -
 def test_where_there_are_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-    assert graphs_for(gpu, 1) is not None
-    assert graphs_for(gpu, 2) is None
-    assert graphs_for(CPU, 1) is None
+    assert graphs_for(gpu) is not None
+    assert graphs_for(CPU) is None
     for value, has_graphs in (("off", False), ("auto", True), ("", True)):
         monkeypatch.setenv("LAWCAT_CUDA_GRAPHS", value)
-        assert (graphs_for(gpu, 1) is not None) == has_graphs
+        assert (graphs_for(gpu) is not None) == has_graphs
     monkeypatch.setenv("LAWCAT_CUDA_GRAPHS", "on")
     with pytest.raises(ConfigurationError, match="LAWCAT_CUDA_GRAPHS='on' is neither 'auto' nor 'off'"):
-        graphs_for(CPU, 1)
+        graphs_for(CPU)
 
 
 @pytest.fixture(scope="module")
@@ -546,7 +545,7 @@ def test_a_capture_that_fails_on_a_gpu() -> None:
     def waits(batch: Batch, flag: bool) -> Tensor:
         return batch.input_ids.sum() + int(batch.input_ids.max().item())
 
-    graphs = StepGraphs(waits, device, graphs_for(device, 1))
+    graphs = StepGraphs(waits, device, graphs_for(device))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         for seed in range(4):

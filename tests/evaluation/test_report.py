@@ -91,6 +91,9 @@ def test_page_has_a_table_of_models_and_lengths():
     assert "| student | 90 [70, 97] | 50 [30, 70] | - |" in page
     assert "- teacher, passkey: haystack: prose.txt, SHA-256 abababab" in page
     assert "What to know" not in page
+    tables = markdown_report([result("teacher", 20, 20, 0), result("student", 18, 10)], only_tables=True)
+    assert tables.startswith("## passkey\n")
+    assert tables.rstrip().endswith("| student | 90 [70, 97] | 50 [30, 70] | - |")
 
 
 def test_texts_among_the_options_are_told_by_name_and_hash():

@@ -168,7 +168,8 @@ def run_evaluate(call: EvaluationCall) -> None:
             write_results(call.output, payloads[0])
         if call.report is not None:
             display.message(f"report: {write_report(call.report, payloads)}")
-    print(markdown_report(payloads))
+    # With a page to look all else up in, the tables are the last that is seen.
+    print(markdown_report(payloads, only_tables=call.report is not None).rstrip())
 
 
 def parse_windows(text: str | None) -> list[int]:

@@ -42,6 +42,8 @@ class Batch:
         is_answer: [B, T], bool.
         sources: The name of each sequence's source.
         kl_factor: [B, T], float32, as in `PackedSequence`; None for 1 everywhere.
+        total_weight: [], float32: the weights of the whole step's tokens, of which other processes have
+            other sequences; None where this batch is the whole step.
     """
 
     input_ids: Tensor
@@ -49,6 +51,7 @@ class Batch:
     is_answer: Tensor
     sources: tuple[str, ...]
     kl_factor: Tensor | None = None
+    total_weight: Tensor | None = None
 
     @classmethod
     def stack(cls, sequences: list[PackedSequence]) -> Batch:

@@ -41,15 +41,13 @@ class Graph(Protocol):
         """Do it, and return what the function returned."""
 
 
-def graphs_for(device: torch.device, num_processes: int) -> Callable[[], Graph] | None:
+def graphs_for(device: torch.device) -> Callable[[], Graph] | None:
     """Return what makes graphs of training steps, or None where steps run as they are.
 
-    The environment variable ``LAWCAT_CUDA_GRAPHS=off`` turns graphs off. Several processes exchange
-    gradients, which is not captured.
+    The environment variable ``LAWCAT_CUDA_GRAPHS=off`` turns graphs off.
 
     Args:
         device: Where training runs.
-        num_processes: How many train together.
 
     Raises:
         ConfigurationError: where the variable is neither ``auto`` nor ``off``.
@@ -57,7 +55,7 @@ def graphs_for(device: torch.device, num_processes: int) -> Callable[[], Graph] 
     wanted = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
     if wanted not in ("auto", "off"):
         raise ConfigurationError(f"{ENVIRONMENT_VARIABLE}={wanted!r} is neither 'auto' nor 'off'.")
-    if wanted == "off" or device.type != "cuda" or num_processes > 1:
+    if wanted == "off" or device.type != "cuda":
         return None
     pool = torch.cuda.graph_pool_handle()
     return lambda: CudaGraph(device, pool=pool)
@@ -72,11 +70,13 @@ class _Captured:
 class StepGraphs:
     """Runs a function of a batch, and from a graph once batches of a shape have come a few times.
 
-    Where a call runs out of memory that graphs hold, they are given up and it runs again.
+    Where a call runs out of memory that graphs hold, they are given up and it runs again. Of several
+    processes one may do so, or fail to capture, and the others not: they do not know of it.
 
     Args:
         function: Its work must be the same for all batches of a shape, and may be begun anew where memory has
-            run out. Its result is one of tensors, which the next call may write over.
+            run out; so it has no exchange with other processes, which would wait for it. Its result is one
+            of tensors, which the next call may write over.
         device: Where the batch goes.
         make_graph: Makes an unused graph, of one pool of memory with those before; None runs the function.
 
@@ -171,8 +171,13 @@ class StepGraphs:
         return self._captured[key]
 
 
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device, which is not waited for."""
+    return _pinned(tensor, device).to(device, non_blocking=True)
+
+
 def _on_device(batch: Batch, device: torch.device) -> Batch:
-    return batch.map(lambda tensor: _pinned(tensor, device).to(device, non_blocking=True))
+    return batch.map(lambda tensor: on_device(tensor, device))
 
 
 def _copy(batch: Batch, to: Batch) -> None:

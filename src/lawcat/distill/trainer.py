@@ -60,8 +60,13 @@ class Stage(Protocol):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer's groups, each with ``params``, a ``name`` and its ``peak`` learning rate."""
 
+    def weight(self, batch: Any) -> Tensor | None:
+        """Return the weights of all tokens that train, summed: what the losses are divided by once they are
+        summed over the processes, too. None where a loss is no mean over tokens."""
+
     def backward(self, batch: Any, workers: Workers) -> dict[str, Tensor]:
-        """Add this process's gradients and return its losses; both are summed over the processes."""
+        """Add this process's gradients and return its losses; both are summed over the processes, later: a
+        graph repeats what is done here, so there is no exchange between processes in it."""
 
 
 class TeacherTuningStage:
@@ -82,14 +87,17 @@ class TeacherTuningStage:
         factors = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
         return [{"name": "base", "params": factors, "peak": self.settings.learning_rate}]
 
+    def weight(self, batch: Any) -> Tensor:
+        """Return the sum of weights."""
+        return _sum_of_weights(batch)
+
     def backward(self, batch: Any, workers: Workers) -> dict[str, Tensor]:
         """Return ``loss``, ``cross_entropy`` and ``kl``, weighted means over tokens."""
-        total_weight = workers.sum(batch.loss_weight[:, 1:].sum())
         loss, cross_entropy, kl = self._recovery.losses(
             batch.input_ids,
             batch.loss_weight,
             batch.kl_factor,
-            total_weight=total_weight,
+            total_weight=_total_weight(self, batch),
             uses_softmax=True,
         )
         torch.autograd.backward(loss)
@@ -111,6 +119,9 @@ class AttentionTransferStage:
         """Return the new parameters, the only ones that train here."""
         trained = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
         return [{"name": "new", "params": trained, "peak": self.settings.learning_rate}]
+
+    def weight(self, batch: Any) -> None:
+        """Return None: the loss is a mean over sequences, of which each process has as many."""
 
     def backward(self, batch: Any, workers: Workers) -> dict[str, Tensor]:
         """Return ``loss``, the mean over layers, ``layer_losses`` and, where it counts, ``answer_loss``."""
@@ -150,21 +161,26 @@ class RecoveryStage:
         """Return new parameters and LoRA factors (or the teacher's weights)."""
         return self._recovery.parameter_groups()
 
-    def backward(self, batch: Any, workers: Workers) -> dict[str, Tensor]:
-        """Return ``loss``, ``cross_entropy`` and ``kl``, weighted means over tokens.
+    def _is_carried(self, batch: Any) -> bool:
+        """Return whether a state is carried over, in longer sequences than the recipe's."""
+        is_carried: bool = batch.input_ids.shape[1] > self._sequence_length
+        return is_carried
 
-        Longer sequences than the recipe's are those of a step that carries a state over.
-        """
-        length = self._sequence_length
-        if batch.input_ids.shape[1] > length:
-            total_weight = workers.sum(batch.loss_weight[:, -length + 1 :].sum())
+    def weight(self, batch: Any) -> Tensor:
+        """Return the sum of weights of those tokens that the gradient reaches."""
+        return _sum_of_weights(batch, 1 - self._sequence_length if self._is_carried(batch) else 1)
+
+    def backward(self, batch: Any, workers: Workers) -> dict[str, Tensor]:
+        """Return ``loss``, ``cross_entropy`` and ``kl``, weighted means over tokens; only the first where a
+        state is carried over."""
+        length, total_weight = self._sequence_length, _total_weight(self, batch)
+        if self._is_carried(batch):
             with self._penalty.watching():
                 loss = self._recovery.carried_losses(
                     batch.input_ids, batch.loss_weight, length, total_weight=total_weight
                 )
                 self._backward(loss, workers)
             return {"loss": loss.detach()}
-        total_weight = workers.sum(batch.loss_weight[:, 1:].sum())
         with self._penalty.watching():
             loss, cross_entropy, kl = self._recovery.losses(
                 batch.input_ids, batch.loss_weight, batch.kl_factor, total_weight=total_weight
@@ -177,6 +193,16 @@ class RecoveryStage:
         torch.autograd.backward(loss + penalty / workers.count)
 
 
+def _sum_of_weights(batch: Any, first: int = 1) -> Tensor:
+    # The first token of all is predicted by none.
+    weight: Tensor = batch.loss_weight[:, first:].sum()
+    return weight
+
+
+def _total_weight(stage: TeacherTuningStage | RecoveryStage, batch: Any) -> Tensor:
+    return stage.weight(batch) if batch.total_weight is None else batch.total_weight
+
+
 class Workers:
     """The processes that train together, one a device; accelerate started them, or there is just this one."""
 
@@ -186,6 +212,10 @@ class Workers:
         self.count: int = accelerator.num_processes
         self.index: int = accelerator.process_index
         self.is_main: bool = accelerator.is_main_process
+        # What GPUs exchange comes after all that they have queued, and the CPU would wait for it.
+        self._between_cpus: Any = None
+        if self.count > 1 and self.device.type != "cpu":
+            self._between_cpus = torch.distributed.new_group(backend="gloo")
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over all processes."""
@@ -193,24 +223,13 @@ class Workers:
             return tensor
         return self._accelerator.reduce(tensor.to(self.device), reduction="sum")  # type: ignore[no-any-return]
 
-    def sum_gradients(self, parameters: list[Tensor]) -> None:
-        """Replace each gradient by its sum over all processes, in one exchange."""
-        if self.count == 1:
-            return
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        flat = torch.cat([p.grad.flatten().float() for p in parameters if p.grad is not None])
-        flat = self.sum(flat)
-        pieces = torch.split(flat, [p.numel() for p in parameters])
-        for parameter, piece in zip(parameters, pieces, strict=True):
-            parameter.grad = piece.view_as(parameter).to(parameter.dtype)
-
     def any(self, flag: bool) -> bool:
-        """Return whether the flag is set in any process."""
+        """Return whether the flag is set in any process; no GPU is waited for."""
         if self.count == 1:
             return flag
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+        number = torch.tensor(int(flag))
+        torch.distributed.all_reduce(number, group=self._between_cpus)
+        return bool(number)
 
     def wait(self) -> None:
         """Wait until every process is here."""

@@ -3,6 +3,10 @@
 On a GPU nothing here waits for it: a step is queued while the one before it runs. Whether losses and
 gradients are finite is therefore decided on the GPU, too: after a number that is not one, no step changes a
 parameter.
+
+Of several processes each has a part of a step's sequences. What they give is summed in one exchange, after
+which all do the same: the numbers are the same everywhere, and so is what is decided by them. A graph repeats
+what comes before the exchange, or the whole step where there is none.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +22,7 @@ from torch import Tensor
 
 from lawcat.distill.gate_statistics import GateStatistics
 from lawcat.distill.sequence import Batch
-from lawcat.distill.step_graph import Graph, StepGraphs, graphs_for
+from lawcat.distill.step_graph import Graph, StepGraphs, graphs_for, on_device
 
 if TYPE_CHECKING:
     from lawcat.distill.trainer import Stage, Workers
@@ -53,6 +57,21 @@ class Measured:
         return all(bool(torch.isfinite(t).all()) for t in list(self.tensors().values())[: self.num_losses])
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What the sequences of one process among several give.
+
+    Args:
+        summands: The gradients of all parameters and the losses, one after the other, float32.
+        losses: Name and shape of those in it.
+        gates: Gate statistics, which are not exchanged.
+    """
+
+    summands: Tensor
+    losses: dict[str, torch.Size]
+    gates: dict[str, Tensor]
+
+
 class TrainingStep:
     """Trains a stage, a batch at a time.
 
@@ -83,7 +102,7 @@ class TrainingStep:
         self._stage, self._workers = stage, workers
         device = workers.device
         self.is_queued = device.type == "cuda" if is_queued is None else is_queued
-        make_graph = make_graph or graphs_for(device, workers.count)
+        make_graph = make_graph or graphs_for(device)
         settings = stage.settings
         groups = stage.parameter_groups()
         self.parameters: list[Tensor] = [p for group in groups for p in group["params"]]
@@ -103,7 +122,8 @@ class TrainingStep:
             # The fused kernel leaves all as it is where this is 1; gradient scaling made it so.
             self._optimizer.found_inf = self._is_broken  # type: ignore[attr-defined]
             self._optimizer._warned_capturable_if_run_uncaptured = True
-        self._graphs = StepGraphs(self._work, device, make_graph)
+        self._summands: dict[int, Tensor] = {}
+        self._graphs = StepGraphs(self._step if workers.count == 1 else self._part, device, make_graph)
 
     def __call__(self, batch: Batch, *, learning_rate_factor: float, watches_gates: bool = False) -> Measured:
         """Do a step, or queue it, and return what it measures; parameters stay where that is not finite.
@@ -114,20 +134,24 @@ class TrainingStep:
             watches_gates: Whether gate statistics are taken.
         """
         self._set_learning_rates(learning_rate_factor)
-        values, shapes, num_losses = self._graphs(batch, watches_gates)
+        measured: Measured
+        if self._workers.count == 1:
+            measured = self._graphs(batch, watches_gates)
+        else:
+            measured = self._exchange(self._graphs(self._with_total_weight(batch), watches_gates))
         if not self.is_queued:
-            measured = Measured(values, shapes, num_losses)
             if measured.is_finite():
                 self._optimizer.step()
                 self._optimizer.zero_grad(set_to_none=True)
             return measured
+        values = measured.values
         if values.device.type != "cuda":
-            return Measured(values.clone(), shapes, num_losses)
+            return replace(measured, values=values.clone())
         copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         copy.copy_(values, non_blocking=True)
         there = torch.cuda.Event()  # type: ignore[no-untyped-call]
         there.record()
-        return Measured(copy, shapes, num_losses, there.synchronize)
+        return replace(measured, values=copy, arrived=there.synchronize)
 
     @property
     def num_graphs(self) -> int:
@@ -139,10 +163,10 @@ class TrainingStep:
         self._graphs.release()
 
     def compute_gradients(self, batch: Batch) -> None:
-        """Set the gradients to those of a batch, and leave all else as it is."""
+        """Set the gradients to those of a batch, this process's own, and leave all else as it is."""
         self.release()  # they need the memory that a step takes
         self._optimizer.zero_grad(set_to_none=True)
-        self._stage.backward(batch.to(self._workers.device), self._workers)
+        self._stage.backward(self._with_total_weight(batch).to(self._workers.device), self._workers)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state, the same on any device."""
@@ -165,26 +189,65 @@ class TrainingStep:
             else:
                 group["lr"] = self._rates[index].fill_(rate)
 
-    def _work(
-        self, batch: Batch, watches_gates: bool
-    ) -> tuple[Tensor, tuple[tuple[str, torch.Size], ...], int]:
-        """Compute gradients and, where steps are queued, move the parameters: what a graph repeats."""
+    def _with_total_weight(self, batch: Batch) -> Batch:
+        """Return the batch with what its losses are divided by, which the other processes have a part in."""
+        weight = self._stage.weight(batch) if self._workers.count > 1 else None
+        if weight is None:
+            return batch
+        return replace(batch, total_weight=self._workers.sum(on_device(weight, self._workers.device)))
+
+    def _step(self, batch: Batch, watches_gates: bool) -> Measured:
+        """Do a step of one process: what its graph repeats."""
+        return self._update(*self._backward(batch, watches_gates))
+
+    def _part(self, batch: Batch, watches_gates: bool) -> _Part:
+        """Do what one of several processes does by itself: what its graph repeats."""
+        losses, gates = self._backward(batch, watches_gates)
+        pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        flat = [piece.flatten().float() for piece in (*pieces, *losses.values())]
+        size = sum(piece.numel() for piece in flat)
+        # One place for all graphs: each would else hold a copy of all gradients. A step runs before any is
+        # captured, so that no graph's own memory is meant.
+        if size not in self._summands:
+            self._summands[size] = torch.empty(size, device=self._workers.device)
+        summands = torch.cat(flat, out=self._summands[size])
+        self._optimizer.zero_grad(set_to_none=True)
+        return _Part(summands, {name: value.shape for name, value in losses.items()}, gates)
+
+    def _exchange(self, part: _Part) -> Measured:
+        """Sum what the processes have, and do with it what one does that has all."""
+        sizes = [p.numel() for p in self.parameters] + [math.prod(shape) for shape in part.losses.values()]
+        pieces = torch.split(self._workers.sum(part.summands), sizes)
+        of_losses = pieces[len(self.parameters) :]
+        for parameter, piece in zip(self.parameters, pieces, strict=False):
+            parameter.grad = piece.view_as(parameter).to(parameter.dtype)
+        losses = {
+            name: piece.view(shape)
+            for (name, shape), piece in zip(part.losses.items(), of_losses, strict=True)
+        }
+        return self._update(losses, part.gates)
+
+    def _backward(self, batch: Batch, watches_gates: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Compute gradients, and return losses and gate statistics."""
         if self.is_queued:  # what a capture that failed has left
             self._optimizer.zero_grad(set_to_none=True)
         gates = GateStatistics()
         with gates.watching(self._stage.student) if watches_gates else contextlib.nullcontext():
             losses = self._stage.backward(batch, self._workers)
-        measured = {name: self._workers.sum(value.float()) for name, value in losses.items()}
-        self._workers.sum_gradients(self.parameters)
+        return {name: value.float() for name, value in losses.items()}, gates.tensors()
+
+    def _update(self, losses: dict[str, Tensor], gates: dict[str, Tensor]) -> Measured:
+        """Clip the gradients, move the parameters by them where steps are queued, and return what there is to
+        tell."""
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self._stage.settings.max_grad_norm)
-        measured[GRADIENT_NORM] = norm.float()
+        measured = losses | {GRADIENT_NORM: norm.float()}
         num_losses = len(measured)
-        losses_and_norm = torch.cat([t.flatten() for t in measured.values()])
         if self.is_queued:
+            losses_and_norm = torch.cat([t.flatten() for t in measured.values()])
             is_broken = ~torch.isfinite(losses_and_norm).all()
             self._is_broken.copy_(torch.maximum(self._is_broken, is_broken.float()))
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
-        measured |= gates.tensors()
+        measured |= gates
         values = torch.cat([t.flatten() for t in measured.values()])
-        return values, tuple((name, t.shape) for name, t in measured.items()), num_losses
+        return Measured(values, tuple((name, t.shape) for name, t in measured.items()), num_losses)

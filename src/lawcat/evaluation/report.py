@@ -106,6 +106,7 @@ def markdown_report(
     *,
     images: Mapping[str, Sequence[str]] | None = None,
     details: bool = False,
+    only_tables: bool = False,
 ) -> str:
     """Return a page with a table for each task, models down and lengths across, and what to know about them.
 
@@ -113,6 +114,8 @@ def markdown_report(
         results: One a model.
         images: File names of plots to show under a task.
         details: Whether it also has what others published, and time and memory of every cell.
+        only_tables: Whether it leaves out who first beats whom and how it was made, as a terminal's last lines
+            do beside a page that has both.
 
     Returns:
         Markdown.
@@ -121,7 +124,9 @@ def markdown_report(
         ConfigurationError: if `results` is empty.
     """
     payloads = payloads_of(results)
-    lines = ["# Evaluation", "", *_comparison_table(compare_models(payloads))]
+    lines: list[str] = (
+        [] if only_tables else ["# Evaluation", "", *_comparison_table(compare_models(payloads))]
+    )
     for task in task_names(payloads):
         lengths = task_lengths(payloads, task)
         cells = [cell for payload in payloads for cell in cells_by_length(payload, task).values()]
@@ -148,12 +153,18 @@ def markdown_report(
     lines += _cost_table(payloads) if details else []
     notes = [note for payload in payloads for note in report_notes(payload)] + comparison_notes(payloads)
     lines += ["## What to know", "", *(f"- {note}" for note in notes), ""] if notes else []
-    lines += ["## How it was made", ""]
+    if not only_tables:
+        lines += _how_it_was_made(payloads)
+    return "\n".join(lines) + "\n"
+
+
+def _how_it_was_made(payloads: Sequence[Payload]) -> list[str]:
+    lines = ["## How it was made", ""]
     for payload in payloads:
         for what, value in provenance(payload):
             value = f"`{value}`" if what == "command" else value
             lines.append(f"- {payload['model']}, {what}: {value}")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _comparison_table(comparisons: Sequence[Comparison]) -> list[str]:
