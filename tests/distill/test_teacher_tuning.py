@@ -49,7 +49,7 @@ def recovery_of(**settings: Any) -> RecoveryModel:
 def random_batch() -> Any:
     weight = torch.rand(2, 20, generator=torch.Generator().manual_seed(4))
     factor = torch.rand(2, 20, generator=torch.Generator().manual_seed(9))
-    return SimpleNamespace(input_ids=IDS, loss_weight=weight, kl_factor=factor)
+    return Batch(IDS, weight, IDS > 0, ("text",) * len(IDS), factor)
 
 
 def factors_of(recovery: RecoveryModel) -> dict[str, tuple[Any, Any]]:

@@ -20,11 +20,11 @@ from lawcat.distill.precision import resolve_precision
 from lawcat.distill.recipe import AttentionTransferSettings, RecoverySettings
 from lawcat.distill.recovery import RecoveryModel
 from lawcat.distill.schedule import learning_rate_factor
+from lawcat.distill.sequence import Batch
 from lawcat.distill.trainer import (
     AttentionTransferStage,
     Interruption,
     RecoveryStage,
-    Workers,
     _request,
     peak_memory_bytes,
 )
@@ -135,34 +135,6 @@ def test_another_thread_leaves_the_signals_to_whoever_has_them() -> None:
     assert found == [before]
 
 
-class TwoProcesses:
-    """What accelerate is to `Workers`, where the other process holds the same."""
-
-    device = torch.device("cpu")
-    num_processes, process_index, is_main_process = 2, 1, False
-
-    def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
-        assert reduction == "sum"
-        return tensor * 2
-
-    def wait_for_everyone(self) -> None:
-        pass
-
-
-def test_gradients_of_processes_are_summed_in_one_exchange() -> None:
-    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (4,), (1, 1, 2))]
-    gradients = [torch.randn_like(parameter) for parameter in parameters]
-    parameters[0].grad, parameters[2].grad = gradients[0].clone(), gradients[2].clone()
-    workers = Workers(TwoProcesses())
-    workers.sum_gradients(parameters)  # type: ignore[arg-type]
-    for parameter, gradient, factor in zip(parameters, gradients, (2, 0, 2), strict=True):
-        assert parameter.grad is not None
-        assert torch.equal(parameter.grad, factor * gradient)
-    assert workers.any(True)
-    assert not workers.any(False)
-    assert (workers.count, workers.index, workers.is_main) == (2, 1, False)
-
-
 def test_the_learning_rate_hangs_on_the_step_alone() -> None:
     settings = RecoverySettings(steps=10, warmup_steps=4, min_learning_rate_ratio=0.2)
     factors = [learning_rate_factor(step, settings) for step in range(10)]
@@ -254,7 +226,7 @@ def gradients(student: Any) -> dict[str, torch.Tensor]:
 
 def test_the_gate_penalty_of_recovery() -> None:
     ids = random_ids(2, 12)
-    batch = SimpleNamespace(input_ids=ids, loss_weight=torch.ones(2, 12), kl_factor=None)
+    batch = Batch(ids, torch.ones(2, 12), ids > 0, ("text",) * 2)
     workers: Any = SimpleNamespace(sum=lambda tensor: tensor, count=2)
     student, _ = convert(tiny_teacher())
     with torch.no_grad():
@@ -280,7 +252,7 @@ def test_the_gate_penalty_of_recovery() -> None:
 def test_the_gate_penalty_of_recovery_where_a_state_is_carried() -> None:
     """What is read without gradient counts for nothing."""
     ids = random_ids(2, 24)
-    batch = SimpleNamespace(input_ids=ids, loss_weight=torch.ones(2, 24), kl_factor=None)
+    batch = Batch(ids, torch.ones(2, 24), ids > 0, ("text",) * 2)
     workers: Any = SimpleNamespace(sum=lambda tensor: tensor, count=1)
     student, _ = convert(tiny_teacher(), gate="head")
     found = []

@@ -216,15 +216,13 @@ class TrainingStep:
 
     def _exchange(self, part: _Part) -> Measured:
         """Sum what the processes have, and do with it what one does that has all."""
-        sizes = [p.numel() for p in self.parameters] + [math.prod(shape) for shape in part.losses.values()]
-        pieces = torch.split(self._workers.sum(part.summands), sizes)
-        of_losses = pieces[len(self.parameters) :]
-        for parameter, piece in zip(self.parameters, pieces, strict=False):
-            parameter.grad = piece.view_as(parameter).to(parameter.dtype)
-        losses = {
-            name: piece.view(shape)
-            for (name, shape), piece in zip(part.losses.items(), of_losses, strict=True)
-        }
+        shapes = [p.shape for p in self.parameters] + [*part.losses.values()]
+        summed = torch.split(self._workers.sum(part.summands), [shape.numel() for shape in shapes])
+        pieces = [piece.view(shape) for piece, shape in zip(summed, shapes, strict=True)]
+        num_parameters = len(self.parameters)
+        for parameter, gradient in zip(self.parameters, pieces[:num_parameters], strict=True):
+            parameter.grad = gradient.to(parameter.dtype)
+        losses = dict(zip(part.losses, pieces[num_parameters:], strict=True))
         return self._update(losses, part.gates)
 
     def _backward(self, batch: Batch, watches_gates: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -114,8 +114,8 @@ def markdown_report(
         results: One a model.
         images: File names of plots to show under a task.
         details: Whether it also has what others published, and time and memory of every cell.
-        only_tables: Whether it leaves out who first beats whom and how it was made, as a terminal's last lines
-            do beside a page that has both.
+        only_tables: Whether it leaves out who first beats whom and how it was made, for a terminal beside a
+            page that has both.
 
     Returns:
         Markdown.
