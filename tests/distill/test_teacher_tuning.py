@@ -23,6 +23,7 @@ from lawcat.distill.attention_transfer import attention_transfer_losses
 from lawcat.distill.checkpoint import TrainingState, list_checkpoints, load_checkpoint
 from lawcat.distill.recipe import AttentionTransferSettings, RecoverySettings, TeacherTuningSettings
 from lawcat.distill.recovery import RecoveryModel, is_lora_factor, is_trained_in_full, plain_name
+from lawcat.distill.sequence import Batch
 from lawcat.distill.trainer import AttentionTransferStage, RecoveryStage, TeacherTuningStage, trained
 from lawcat.distill.training_log import read_log
 from lawcat.errors import TrainingError
