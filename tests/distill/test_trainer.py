@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
@@ -17,14 +18,16 @@ from lawcat.convert.initialize import convert
 from lawcat.distill.attention_transfer import attention_transfer_losses
 from lawcat.distill.gate_statistics import GateStatistics
 from lawcat.distill.precision import resolve_precision
-from lawcat.distill.recipe import AttentionTransferSettings, RecoverySettings
+from lawcat.distill.recipe import AttentionTransferSettings, RecoverySettings, TeacherTuningSettings
 from lawcat.distill.recovery import RecoveryModel
 from lawcat.distill.schedule import learning_rate_factor
 from lawcat.distill.trainer import (
     AttentionTransferStage,
     Interruption,
     RecoveryStage,
+    TeacherTuningStage,
     Workers,
+    _log_row,
     _request,
     peak_memory_bytes,
 )
@@ -252,9 +255,14 @@ def gradients(student: Any) -> dict[str, torch.Tensor]:
     return found
 
 
+NONE = torch.zeros(2, 24, dtype=torch.bool)
+
+
 def test_the_gate_penalty_of_recovery() -> None:
     ids = random_ids(2, 12)
-    batch = SimpleNamespace(input_ids=ids, loss_weight=torch.ones(2, 12), kl_factor=None)
+    batch = SimpleNamespace(
+        input_ids=ids, loss_weight=torch.ones(2, 12), kl_factor=None, is_answer=NONE[:, :12]
+    )
     workers: Any = SimpleNamespace(sum=lambda tensor: tensor, count=2)
     student, _ = convert(tiny_teacher())
     with torch.no_grad():
@@ -280,7 +288,7 @@ def test_the_gate_penalty_of_recovery() -> None:
 def test_the_gate_penalty_of_recovery_where_a_state_is_carried() -> None:
     """What is read without gradient counts for nothing."""
     ids = random_ids(2, 24)
-    batch = SimpleNamespace(input_ids=ids, loss_weight=torch.ones(2, 24), kl_factor=None)
+    batch = SimpleNamespace(input_ids=ids, loss_weight=torch.ones(2, 24), kl_factor=None, is_answer=NONE)
     workers: Any = SimpleNamespace(sum=lambda tensor: tensor, count=1)
     student, _ = convert(tiny_teacher(), gate="head")
     found = []
@@ -294,6 +302,37 @@ def test_the_gate_penalty_of_recovery_where_a_state_is_carried() -> None:
     # The second matrix is zero at first, so the logit is the bias, of any token and channel.
     expected = -0.3 * torch.sigmoid(-bias) / len(bias) / 2
     torch.testing.assert_close(found[1][name] - found[0][name], expected.detach(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage_class", [TeacherTuningStage, RecoveryStage])
+@pytest.mark.parametrize("length", [24, 8])
+def test_the_share_of_answers_that_are_right(stage_class: Any, length: int) -> None:
+    """Of the tokens that are trained, weighted; and no share where nothing is asked."""
+    if stage_class is TeacherTuningStage and length == 8:
+        pytest.skip("stage 0 carries no state")
+    student, _ = convert(tiny_teacher())
+    settings = RecoverySettings(carried_segments=2)
+    stage_settings: Any = settings if stage_class is RecoveryStage else TeacherTuningSettings()
+    further = (length,) if stage_class is RecoveryStage else ()
+    stage = stage_class(RecoveryModel(student, settings), stage_settings, *further)
+    workers: Any = SimpleNamespace(sum=lambda tensor: tensor, count=1)
+    ids, weight = random_ids(2, 24), torch.rand(2, 24, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), student.teacher_mode() if stage.number == 0 else contextlib.nullcontext():
+        likeliest = student(ids).logits.argmax(-1)
+    # What a model says of random tokens is hardly ever right: the last but one token is, in one sequence.
+    is_answer = torch.zeros(2, 24, dtype=torch.bool)
+    is_answer[0, 2] = is_answer[:, 20:] = True
+    ids[0, 23] = likeliest[0, 22]
+    batch = SimpleNamespace(input_ids=ids, loss_weight=weight, kl_factor=None, is_answer=is_answer)
+    counted = is_answer & (torch.arange(24) > 24 - length)
+    right = counted[:, 1:] & (likeliest[:, :-1] == ids[:, 1:])
+    assert right[0, 22]
+    row = _log_row(stage.backward(batch, workers))
+    expected = weight[:, 1:][right].sum() / weight[counted].sum()
+    assert row["answer_accuracy"] == pytest.approx(expected.item(), rel=1e-5)
+    assert row.keys() - {"cross_entropy", "kl"} == {"loss", "answer_accuracy"}
+    batch.is_answer = NONE
+    assert "answer_accuracy" not in _log_row(stage.backward(batch, workers))
 
 
 def test_answers_count_in_attention_transfer() -> None:
