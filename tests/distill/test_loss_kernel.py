@@ -29,7 +29,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def definition(rows: dict[str, Any], settings: dict[str, float]) -> tuple[Tensor, Tensor]:
-    """Return both losses a row and the gradient."""
+    """Return both losses a row, whether its target is the likeliest, and the gradient."""
     logits: Tensor = rows["logits"].double().requires_grad_()
     teacher, weights, temperature = rows["teacher"], rows["weights"], settings["temperature"]
     cross_entropy = weights * F.cross_entropy(logits, rows["targets"], reduction="none")
@@ -41,7 +41,8 @@ def definition(rows: dict[str, Any], settings: dict[str, float]) -> tuple[Tensor
     total = settings["cross_entropy_weight"] * cross_entropy + settings["kl_weight"] * kl
     torch.autograd.backward(total.sum())
     assert logits.grad is not None
-    return torch.stack([cross_entropy, kl], 1).detach(), logits.grad
+    is_right = (logits.detach().argmax(-1) == rows["targets"]) & (weights != 0)
+    return torch.stack([cross_entropy, kl, is_right], 1).detach(), logits.grad
 
 
 def random_rows(vocabulary: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -134,7 +135,7 @@ def test_no_rows() -> None:
         kl_weight=0.0,
         temperature=1.0,
     )
-    assert empty.shape == (0, 2)
+    assert empty.shape == (0, 3)
 
 
 def test_mixed_precision() -> None:

@@ -101,7 +101,7 @@ def test_values_and_gradients(
     expected = plainly(theirs, ce_weight, kl_weight, temperature)
     if not kl_weight:
         expected[2] = torch.zeros(())
-    for value, wanted, name in zip(found, expected, ("loss", "cross-entropy", "KL"), strict=True):
+    for value, wanted, name in zip(found[:3], expected, ("loss", "cross-entropy", "KL"), strict=True):
         assert value.dtype == torch.float32
         assert_near(value, wanted, 1e-5, name, least_scale=1e-3)
     assert not found[1].requires_grad
@@ -136,7 +136,7 @@ def test_the_kl_of_a_token_has_a_factor(
         **mine, cross_entropy_weight=ce_weight, kl_weight=kl_weight, temperature=temperature
     )
     expected = plainly(theirs, ce_weight, kl_weight, temperature)
-    for value, wanted, name in zip(found, expected, ("loss", "cross-entropy", "KL"), strict=True):
+    for value, wanted, name in zip(found[:3], expected, ("loss", "cross-entropy", "KL"), strict=True):
         assert_near(value, wanted, 1e-5, name, least_scale=1e-3)
     pairs = zip(gradients_of(found[0], mine), gradients_of(expected[0], theirs), strict=True)
     for name, (gradient, wanted) in zip(("hidden", "head"), pairs, strict=True):
@@ -161,6 +161,22 @@ def test_factors_of_one_change_no_bit_and_of_zero_leave_the_cross_entropy(small_
         assert_near(one, other, 1e-6)
 
 
+def test_answers_are_right_where_their_token_is_the_likeliest(small_pieces: None) -> None:
+    given = inputs()
+    likeliest = F.linear(given["hidden"], given["head"]).argmax(-1)
+    given["targets"] = torch.where(torch.arange(T) % 2 == 0, likeliest, (likeliest + 1) % VOCABULARY)
+    is_answer = torch.zeros(B, T, dtype=torch.bool)
+    is_answer[0, :4] = is_answer[1, 3:] = True
+    found = language_loss(**given, is_answer=is_answer, kl_weight=1.0)
+    expected = given["weights"][is_answer & (given["targets"] == likeliest)].sum()
+    assert 0 < expected < given["weights"][is_answer].sum()
+    assert_near(found.right, expected, 1e-6)
+    assert not found.right.requires_grad
+    # Counting them changes nothing else, and without answers there is nothing to count.
+    without = language_loss(**given, kl_weight=1.0)
+    assert [value.item() for value in without] == [*(value.item() for value in found[:3]), 0.0]
+
+
 def test_tokens_of_weight_zero_are_not_looked_at(small_pieces: None) -> None:
     given = inputs() | {"kl_factors": torch.rand(B, T)}
     expected = [value.detach() for value in language_loss(**given, kl_weight=1.0)]
@@ -173,7 +189,7 @@ def test_tokens_of_weight_zero_are_not_looked_at(small_pieces: None) -> None:
     for value, wanted in zip(language_loss(**given, kl_weight=1.0), expected, strict=True):
         assert torch.equal(value, wanted)
     loss, *sums = language_loss(**(given | {"weights": torch.zeros(B, T)}), kl_weight=1.0)
-    assert [loss.item(), *(value.item() for value in sums)] == [0.0, 0.0, 0.0]
+    assert [loss.item(), *(value.item() for value in sums)] == [0.0, 0.0, 0.0, 0.0]
     torch.autograd.backward(loss)
     assert given["hidden"].grad is not None
     assert not given["hidden"].grad.any()

@@ -111,7 +111,7 @@ def test_the_groups_hold_all_that_trains(way: str) -> None:
 def test_losses_and_gradients(way: str, tied: bool) -> None:
     settings = {"cross_entropy_weight": 0.7, "kl_weight": 0.4, "kl_temperature": 2.0} | WAYS[way]
     recovery = recovery_of(settings, tie_word_embeddings=tied)
-    loss, cross_entropy, kl = recovery.losses(IDS, WEIGHT, total_weight=5.0)
+    loss, cross_entropy, kl, _ = recovery.losses(IDS, WEIGHT, total_weight=5.0)
     torch.autograd.backward(loss)
     found = {name: p.grad.clone() for name, p in recovery.student.named_parameters() if p.grad is not None}
     recovery.student.zero_grad()
@@ -142,7 +142,7 @@ def test_the_teacher_counts_less_on_some_tokens(way: str) -> None:
     recovery = recovery_of(settings)
     factor = torch.rand(2, 20, generator=torch.Generator().manual_seed(9))
     factor[0, 3:9] = 0.0
-    loss, cross_entropy, kl = recovery.losses(IDS, WEIGHT, factor, total_weight=5.0)
+    loss, cross_entropy, kl, _ = recovery.losses(IDS, WEIGHT, factor, total_weight=5.0)
     torch.autograd.backward(loss)
     found = {name: p.grad.clone() for name, p in recovery.student.named_parameters() if p.grad is not None}
     recovery.student.zero_grad()
@@ -174,7 +174,7 @@ def cut(cache: LawcatCache) -> None:
 def test_carried_losses(way: str, softmax_layers: tuple[int, ...], num_trained: int) -> None:
     recovery = recovery_of(WAYS[way] | {"cross_entropy_weight": 0.6}, softmax_layers)
     student: LawcatForCausalLM = recovery.student
-    loss = recovery.carried_losses(IDS, WEIGHT, num_trained, total_weight=3.0)
+    loss = recovery.carried_losses(IDS, WEIGHT, num_trained, total_weight=3.0).loss
     torch.autograd.backward(loss)
     found = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
     student.zero_grad()
@@ -213,7 +213,7 @@ def test_a_separate_teacher_only_where_it_is_needed() -> None:
 def test_without_kl_the_teacher_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     recovery = recovery_of({"kl_weight": 0.0})
     monkeypatch.setattr(recovery, "teacher_hidden", None)
-    loss, cross_entropy, kl = recovery.losses(IDS, WEIGHT, total_weight=1.0)
+    loss, cross_entropy, kl, _ = recovery.losses(IDS, WEIGHT, total_weight=1.0)
     assert (loss.item(), kl.item()) == (cross_entropy.item(), 0.0)
 
 

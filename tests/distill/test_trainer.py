@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +19,7 @@ from lawcat.convert.initialize import convert
 from lawcat.distill.attention_transfer import attention_transfer_losses
 from lawcat.distill.gate_statistics import GateStatistics
 from lawcat.distill.precision import resolve_precision
-from lawcat.distill.recipe import AttentionTransferSettings, RecoverySettings
+from lawcat.distill.recipe import AttentionTransferSettings, RecoverySettings, TeacherTuningSettings
 from lawcat.distill.recovery import RecoveryModel
 from lawcat.distill.schedule import learning_rate_factor
 from lawcat.distill.sequence import Batch
@@ -25,6 +27,8 @@ from lawcat.distill.trainer import (
     AttentionTransferStage,
     Interruption,
     RecoveryStage,
+    TeacherTuningStage,
+    _log_row,
     _request,
     peak_memory_bytes,
 )
@@ -266,6 +270,37 @@ def test_the_gate_penalty_of_recovery_where_a_state_is_carried() -> None:
     # The second matrix is zero at first, so the logit is the bias, of any token and channel.
     expected = -0.3 * torch.sigmoid(-bias) / len(bias) / 2
     torch.testing.assert_close(found[1][name] - found[0][name], expected.detach(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage_class", [TeacherTuningStage, RecoveryStage])
+@pytest.mark.parametrize("length", [24, 8])
+def test_the_share_of_answers_that_are_right(stage_class: Any, length: int) -> None:
+    """Of the tokens that are trained, weighted; and no share where nothing is asked."""
+    if stage_class is TeacherTuningStage and length == 8:
+        pytest.skip("stage 0 carries no state")
+    student, _ = convert(tiny_teacher())
+    settings = RecoverySettings(carried_segments=2)
+    stage_settings: Any = settings if stage_class is RecoveryStage else TeacherTuningSettings()
+    further = (length,) if stage_class is RecoveryStage else ()
+    stage = stage_class(RecoveryModel(student, settings), stage_settings, *further)
+    workers: Any = SimpleNamespace(sum=lambda tensor: tensor, count=1)
+    ids, weight = random_ids(2, 24), torch.rand(2, 24, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), student.teacher_mode() if stage.number == 0 else contextlib.nullcontext():
+        likeliest = student(ids).logits.argmax(-1)
+    # What a model says of random tokens is hardly ever right: the last but one token is, in one sequence.
+    is_answer = torch.zeros(2, 24, dtype=torch.bool)
+    is_answer[0, 2] = is_answer[:, 20:] = True
+    ids[0, 23] = likeliest[0, 22]
+    batch = Batch(ids, weight, is_answer, ("needle",) * 2)
+    counted = is_answer & (torch.arange(24) > 24 - length)
+    right = counted[:, 1:] & (likeliest[:, :-1] == ids[:, 1:])
+    assert right[0, 22]
+    row = _log_row(stage.backward(batch, workers))
+    expected = weight[:, 1:][right].sum() / weight[counted].sum()
+    assert row["answer_accuracy"] == pytest.approx(expected.item(), rel=1e-5)
+    assert row.keys() - {"cross_entropy", "kl"} == {"loss", "answer_accuracy"}
+    nothing = replace(batch, is_answer=torch.zeros_like(is_answer))
+    assert "answer_accuracy" not in _log_row(stage.backward(nothing, workers))
 
 
 def test_answers_count_in_attention_transfer() -> None:

@@ -29,14 +29,15 @@ def _loss_kernel(
     cross_entropy_weight, kl_weight, temperature,
     HAS_TEACHER: tl.constexpr, HAS_FACTORS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write both losses of a row, and over its student's logits their gradient. One program a row."""
+    """Write what ``loss_and_gradient`` returns of a row, and over its logits the gradient. One program a
+    row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     student += row * vocabulary
     weight = tl.load(weights + row)
     if weight == 0.0:
-        tl.store(losses + 2 * row, 0.0)
-        tl.store(losses + 2 * row + 1, 0.0)
+        for kind in range(3):
+            tl.store(losses + 3 * row + kind, 0.0)
         for start in range(0, vocabulary, BLOCK):
             zeros = tl.zeros([BLOCK], tl.float32)
             tl.store(student + start + column, zeros, mask=start + column < vocabulary)
@@ -73,7 +74,8 @@ def _loss_kernel(
 
     # Without the largest logits, next to which they would lose digits.
     log_total = tl.log(total)
-    tl.store(losses + 2 * row, weight * (largest - wanted + log_total))
+    tl.store(losses + 3 * row, weight * (largest - wanted + log_total))
+    tl.store(losses + 3 * row + 2, (wanted >= largest).to(tl.float32))
     log_tempered = 0.0
     log_teacher = 0.0
     kl = 0.0
@@ -85,7 +87,7 @@ def _loss_kernel(
         log_teacher = tl.log(teacher_total)
         kl = (difference / teacher_total - (teacher_largest - largest)) / temperature
         kl += log_tempered - log_teacher
-    tl.store(losses + 2 * row + 1, weight * kl_factor * kl * temperature * temperature)
+    tl.store(losses + 3 * row + 1, weight * kl_factor * kl * temperature * temperature)
 
     for start in range(0, vocabulary, BLOCK):
         inside = start + column < vocabulary
@@ -120,7 +122,7 @@ def loss_and_gradient(
     kl_weight: float,
     temperature: float,
 ) -> Tensor:
-    """Return each token's cross-entropy and KL [N, 2] in float32, and write over the logits.
+    """Return each token's cross-entropy, KL and whether it is the likeliest [N, 3]; write over the logits.
 
     Args:
         logits: The student's [N, V], contiguous; afterwards the gradient of the sum over tokens of
@@ -133,7 +135,7 @@ def loss_and_gradient(
         kl_weight: See above.
         temperature: Divides both logits in the KL term, which is multiplied by its square.
     """
-    losses = torch.empty(len(logits), 2, dtype=torch.float32, device=logits.device)
+    losses = torch.empty(len(logits), 3, dtype=torch.float32, device=logits.device)
     if not len(logits):
         return losses
     vocabulary = logits.shape[1]

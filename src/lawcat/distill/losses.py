@@ -6,7 +6,7 @@ Legend: B sequences, T tokens, H heads, D head width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,6 +96,27 @@ def _fused_losses(hidden: Tensor) -> Callable[..., Tensor] | None:
     return loss_kernel.loss_and_gradient if loss_kernel.is_usable(hidden) else None
 
 
+class LanguageLosses(NamedTuple):
+    """Sums over tokens, each times its weight.
+
+    Args:
+        loss: What is minimized.
+        cross_entropy: Its first part, without gradient.
+        kl: Its second part, without gradient.
+        right: The weight of those tokens of answers that are the student's likeliest.
+    """
+
+    loss: Tensor
+    cross_entropy: Tensor
+    kl: Tensor
+    right: Tensor
+
+    def divided_by(self, total_weight: Tensor | float) -> LanguageLosses:
+        """Return means; ``right`` stays a sum, since not all tokens are answers."""
+        loss, cross_entropy, kl = (value / total_weight for value in self[:3])
+        return LanguageLosses(loss, cross_entropy, kl, self.right)
+
+
 class _LanguageLoss(torch.autograd.Function):
     """Cross-entropy and KL over a vocabulary, a piece of the tokens at a time, gradients computed on the way.
 
@@ -114,25 +135,27 @@ class _LanguageLoss(torch.autograd.Function):
         targets: Tensor,
         weights: Tensor,
         kl_factors: Tensor | None,
+        answer_weights: Tensor | None,
         cross_entropy_weight: float,
         kl_weight: float,
         temperature: float,
     ) -> tuple[Tensor, Tensor]:
         hidden_grad = torch.zeros_like(hidden)
         head_grad = torch.zeros_like(head) if head.requires_grad else None
-        sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
+        sums = torch.zeros(3, dtype=torch.float32, device=hidden.device)
         step = _tokens_at_a_time(hidden)
         fused = _fused_losses(hidden)
         for start in range(0, hidden.shape[0], step):
             piece = slice(start, start + step)
             weight = weights[piece]
             kl_factor = None if kl_factors is None else kl_factors[piece]
+            answer_weight = None if answer_weights is None else answer_weights[piece]
             if fused is not None:
                 logits = F.linear(hidden[piece], head)
                 teacher_logits = None
                 if kl_weight and teacher_hidden is not None and teacher_head is not None:
                     teacher_logits = F.linear(teacher_hidden[piece], teacher_head).to(logits.dtype)
-                sums += fused(
+                values = fused(
                     logits,
                     teacher_logits,
                     targets[piece],
@@ -141,7 +164,10 @@ class _LanguageLoss(torch.autograd.Function):
                     cross_entropy_weight=cross_entropy_weight,
                     kl_weight=kl_weight,
                     temperature=temperature,
-                ).sum(0)
+                )
+                sums[:2] += values[:, :2].sum(0)
+                if answer_weight is not None:
+                    sums[2] += (answer_weight * values[:, 2]).sum()
                 hidden_grad[piece] = logits @ head
                 if head_grad is not None:
                     head_grad += logits.T @ hidden[piece]
@@ -165,7 +191,10 @@ class _LanguageLoss(torch.autograd.Function):
             hidden_grad[piece] = grads[0]
             if head_grad is not None:
                 head_grad += grads[1]
-            sums += torch.stack([cross_entropy.detach(), kl.detach()])
+            sums[:2] += torch.stack([cross_entropy.detach(), kl.detach()])
+            if answer_weight is not None:
+                wanted_logits = logits.detach().gather(-1, targets[piece, None]).squeeze(-1)
+                sums[2] += (answer_weight * (wanted_logits >= logits.detach().amax(-1))).sum()
         ctx.save_for_backward(hidden_grad, head_grad)
         total_loss = cross_entropy_weight * sums[0] + kl_weight * sums[1]
         ctx.mark_non_differentiable(sums)
@@ -175,7 +204,7 @@ class _LanguageLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, head_grad = ctx.saved_tensors
         scaled_head = None if head_grad is None else head_grad * grad.to(head_grad.dtype)
-        return (hidden_grad * grad.to(hidden_grad.dtype), scaled_head, *(None,) * 8)
+        return (hidden_grad * grad.to(hidden_grad.dtype), scaled_head, *(None,) * 9)
 
 
 def _only_used(values: Tensor, used: Tensor) -> Tensor:
@@ -197,10 +226,11 @@ def language_loss(
     teacher_hidden: Tensor | None = None,
     teacher_head: Tensor | None = None,
     kl_factors: Tensor | None = None,
+    is_answer: Tensor | None = None,
     cross_entropy_weight: float = 1.0,
     kl_weight: float = 0.0,
     temperature: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> LanguageLosses:
     """Return the weighted sums over tokens of the loss, of its cross-entropy and of its KL divergence.
 
     The loss is ``cross_entropy_weight * CE + kl_weight * temperature^2 * KL(teacher || student)``, both at
@@ -215,12 +245,13 @@ def language_loss(
         teacher_hidden: The teacher's last hidden states [B, T, hidden]; needed where ``kl_weight`` is not 0.
         teacher_head: The teacher's output matrix.
         kl_factors: What the KL of each position counts beside its weight [B, T]; None for 1 everywhere.
+        is_answer: Whether the token to come belongs to the answer of a task sample [B, T]; None for none.
         cross_entropy_weight: See above.
         kl_weight: See above.
         temperature: Divides both logits in the KL term.
 
     Returns:
-        Three float32 scalars; only the first carries a gradient.
+        Four float32 scalars; only the first carries a gradient.
     """
     take = _only_used if hidden.device.type == "cpu" else _zeros_for_unused
     used = weights > 0
@@ -232,8 +263,9 @@ def language_loss(
         take(targets, used),
         take(weights, used).float(),
         None if kl_factors is None else take(kl_factors, used).float(),
+        None if is_answer is None else take(weights * is_answer, used).float(),
         cross_entropy_weight,
         kl_weight,
         temperature,
     )
-    return loss, sums[0], sums[1]
+    return LanguageLosses(loss, *sums.unbind())

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lawcat.convert.initialize import is_new_parameter
-from lawcat.distill.losses import language_loss
+from lawcat.distill.losses import LanguageLosses, language_loss
 from lawcat.distill.recipe import RecoverySettings
 from lawcat.errors import ConfigurationError, MissingDependencyError, did_you_mean
 from lawcat.model.modeling_lawcat import LawcatForCausalLM
@@ -108,17 +108,19 @@ class RecoveryModel:
         input_ids: Tensor,
         loss_weight: Tensor,
         kl_factor: Tensor | None = None,
+        is_answer: Tensor | None = None,
         *,
         total_weight: Tensor | float,
         uses_softmax: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> LanguageLosses:
         """Return loss, cross-entropy and KL, each the weighted sum over these tokens divided by
-        ``total_weight``.
+        ``total_weight``, and the weight of answers that are right.
 
         Args:
             input_ids: Tokens [B, T].
             loss_weight: The weight of predicting each of them [B, T].
             kl_factor: What the KL of each counts beside that [B, T]; None for 1 everywhere.
+            is_answer: Which of them belong to an answer [B, T]; None for none.
             total_weight: The sum of weights of the whole step, over all processes.
             uses_softmax: Whether the losses are the teacher's with the LoRA factors, and not the student's.
         """
@@ -134,22 +136,31 @@ class RecoveryModel:
             teacher_hidden=None if teacher_hidden is None else teacher_hidden[:, :-1],
             teacher_head=None if self._teacher is None else self._teacher.lm_head.weight,
             kl_factors=None if kl_factor is None else kl_factor[:, 1:],
+            is_answer=None if is_answer is None else is_answer[:, 1:],
             cross_entropy_weight=settings.cross_entropy_weight,
             kl_weight=settings.kl_weight,
             temperature=settings.kl_temperature,
         )
-        loss, cross_entropy, kl = (value / total_weight for value in sums)
-        return loss, cross_entropy, kl
+        return sums.divided_by(total_weight)
 
     def carried_losses(
-        self, input_ids: Tensor, loss_weight: Tensor, num_trained_tokens: int, *, total_weight: Tensor | float
-    ) -> Tensor:
-        """Return the cross-entropy of the last tokens, the state before them carried over without gradient.
+        self,
+        input_ids: Tensor,
+        loss_weight: Tensor,
+        num_trained_tokens: int,
+        is_answer: Tensor | None = None,
+        *,
+        total_weight: Tensor | float,
+    ) -> LanguageLosses:
+        """Return the losses of the last tokens, the state before them carried over without gradient.
+
+        The loss is their cross-entropy alone: a teacher would have to read all of them at once.
 
         Args:
             input_ids: Tokens [B, T].
             loss_weight: The weight of predicting each of them [B, T].
             num_trained_tokens: How many tokens at the end the gradient reaches.
+            is_answer: Which of them belong to an answer [B, T]; None for none.
             total_weight: The sum of those tokens' weights of the whole step, over all processes.
         """
         decoder = self.student.model
@@ -157,14 +168,15 @@ class RecoveryModel:
             cache = decoder(input_ids[:, :-num_trained_tokens], use_cache=True).past_key_values
         last, weight = input_ids[:, -num_trained_tokens:], loss_weight[:, -num_trained_tokens:]
         hidden = decoder(last, past_key_values=cache, use_cache=True).last_hidden_state
-        loss, _, _ = language_loss(
+        sums = language_loss(
             hidden[:, :-1],
             self.student.lm_head.weight,
             last[:, 1:],
             weight[:, 1:],
+            is_answer=None if is_answer is None else is_answer[:, -num_trained_tokens + 1 :],
             cross_entropy_weight=self._settings.cross_entropy_weight,
         )
-        return loss / total_weight
+        return sums.divided_by(total_weight)
 
 
 def check_targets(decoder: nn.Module, settings: RecoverySettings) -> None:

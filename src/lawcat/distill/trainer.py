@@ -24,6 +24,7 @@ from lawcat.convert.initialize import is_new_parameter
 from lawcat.distill.attention_transfer import attention_transfer_losses
 from lawcat.distill.checkpoint import TrainingState, capture_rng, restore_rng, save_checkpoint
 from lawcat.distill.gate_penalty import GatePenalty
+from lawcat.distill.losses import LanguageLosses
 from lawcat.distill.mixture import Mixture
 from lawcat.distill.recipe import (
     AttentionTransferSettings,
@@ -69,6 +70,35 @@ class Stage(Protocol):
         graph repeats what is done here, so there is no exchange between processes in it."""
 
 
+# What a step measures of answers: summed over processes, and divided when it is logged.
+_RIGHT, _ASKED = "right", "asked"
+ANSWER_ACCURACY = "answer_accuracy"
+
+
+def _measured(losses: LanguageLosses, batch: Batch, num_tokens: int | None = None) -> dict[str, Tensor]:
+    """Return weighted means over tokens, ``loss`` and, unless only some are trained, ``cross_entropy`` and
+    ``kl``; and of answers' tokens the weight of all and of those that are the likeliest.
+
+    Args:
+        losses: Of this process's tokens.
+        batch: Those tokens.
+        num_tokens: How many at the end of each sequence count; None for all.
+    """
+    last = slice(1, None) if num_tokens is None else slice(-num_tokens + 1, None)
+    asked = (batch.loss_weight * batch.is_answer)[:, last].sum()
+    measured = {"loss": losses.loss.detach(), _RIGHT: losses.right, _ASKED: asked}
+    if num_tokens is None:
+        measured |= {"cross_entropy": losses.cross_entropy, "kl": losses.kl}
+    return measured
+
+
+def _log_row(values: dict[str, Tensor]) -> dict[str, Any]:
+    """Return a step's numbers as they are logged, with the share of answers' tokens that are right."""
+    row: dict[str, Any] = {name: value.tolist() for name, value in values.items()}
+    right, asked = row.pop(_RIGHT, 0.0), row.pop(_ASKED, 0.0)
+    return row | ({ANSWER_ACCURACY: right / asked} if asked else {})
+
+
 class TeacherTuningStage:
     """Stage 0: the LoRA factors of stage 2 in the teacher's softmax attention; see ``recovery.py``.
 
@@ -92,16 +122,17 @@ class TeacherTuningStage:
         return _sum_of_weights(batch)
 
     def backward(self, batch: Any, workers: Workers) -> dict[str, Tensor]:
-        """Return ``loss``, ``cross_entropy`` and ``kl``, weighted means over tokens."""
-        loss, cross_entropy, kl = self._recovery.losses(
+        """Return what ``_measured`` says."""
+        losses = self._recovery.losses(
             batch.input_ids,
             batch.loss_weight,
             batch.kl_factor,
+            batch.is_answer,
             total_weight=_total_weight(self, batch),
             uses_softmax=True,
         )
-        torch.autograd.backward(loss)
-        return {"loss": loss.detach(), "cross_entropy": cross_entropy, "kl": kl}
+        torch.autograd.backward(losses.loss)
+        return _measured(losses, batch)
 
 
 class AttentionTransferStage:
@@ -171,22 +202,25 @@ class RecoveryStage:
         return _sum_of_weights(batch, 1 - self._sequence_length if self._is_carried(batch) else 1)
 
     def backward(self, batch: Any, workers: Workers) -> dict[str, Tensor]:
-        """Return ``loss``, ``cross_entropy`` and ``kl``, weighted means over tokens; only the first where a
-        state is carried over."""
+        """Return what ``_measured`` says."""
         length, total_weight = self._sequence_length, _total_weight(self, batch)
         if self._is_carried(batch):
             with self._penalty.watching():
-                loss = self._recovery.carried_losses(
-                    batch.input_ids, batch.loss_weight, length, total_weight=total_weight
+                losses = self._recovery.carried_losses(
+                    batch.input_ids, batch.loss_weight, length, batch.is_answer, total_weight=total_weight
                 )
-                self._backward(loss, workers)
-            return {"loss": loss.detach()}
+                self._backward(losses.loss, workers)
+            return _measured(losses, batch, length)
         with self._penalty.watching():
-            loss, cross_entropy, kl = self._recovery.losses(
-                batch.input_ids, batch.loss_weight, batch.kl_factor, total_weight=total_weight
+            losses = self._recovery.losses(
+                batch.input_ids,
+                batch.loss_weight,
+                batch.kl_factor,
+                batch.is_answer,
+                total_weight=total_weight,
             )
-            self._backward(loss, workers)
-        return {"loss": loss.detach(), "cross_entropy": cross_entropy, "kl": kl}
+            self._backward(losses.loss, workers)
+        return _measured(losses, batch)
 
     def _backward(self, loss: Tensor, workers: Workers) -> None:
         penalty = self._penalty.take(is_mean_over_layers=True)
@@ -366,7 +400,7 @@ def train_stage(stage: Stage, context: StageContext, resume_from: TrainingState 
         seconds, started = now - started, now
         tokens = batch.input_ids.numel() * workers.count
         row: dict[str, Any] = {
-            **{name: value.tolist() for name, value in values.items()},
+            **_log_row(values),
             "learning_rate": settings.learning_rate * learning_rate_factor(step, settings),
             "tokens": tokens,
             "tokens_per_s": tokens / seconds,
@@ -376,7 +410,8 @@ def train_stage(stage: Stage, context: StageContext, resume_from: TrainingState 
         if context.log is not None:
             context.log.write(stage.number, step + 1, row)
         if context.progress is not None:
-            shown = {"loss": losses[-1], "tokens/s": row["tokens_per_s"]}
+            answers = {"answers right": row[ANSWER_ACCURACY]} if ANSWER_ACCURACY in row else {}
+            shown = {"loss": losses[-1], **answers, "tokens/s": row["tokens_per_s"]}
             context.progress(f"stage {stage.number}: {stage.title}", step + 1, settings.steps, shown)
 
     requests = [_request(context, settings, step) for step in range(start, settings.steps)]
