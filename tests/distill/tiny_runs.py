@@ -69,27 +69,41 @@ class TinyRun:
 
     def in_two_processes(self, work: Callable[[int], object], port: int) -> None:
         """Run something in two processes that train together."""
+        in_two_processes(work, port)
 
-        def process(rank: int) -> None:
-            os.environ |= {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            }
-            AcceleratorState._reset_state(True)
-            PartialState._reset_state()
-            work(rank)
-            torch.distributed.destroy_process_group()
 
-        context = multiprocessing.get_context("fork")
-        children = [context.Process(target=process, args=(rank,)) for rank in range(2)]
-        for child in children:
-            child.start()
-        for child in children:
-            child.join(120)
-        assert [child.exitcode for child in children] == [0, 0]
+def in_two_processes(work: Callable[[int], object], port: int, *, method: str = "fork") -> None:
+    """Run something in two processes that train together, of which it gets the number.
+
+    Args:
+        work: What to run; where they are spawned, to be found by its name.
+        port: Where they meet; see ``free_port``.
+        method: How they start. What has used a GPU cannot be forked.
+    """
+    context: Any = multiprocessing.get_context(method)
+    children = [context.Process(target=_one_of_two, args=(work, rank, port)) for rank in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+    ended = [child.exitcode for child in children]
+    for child in children:
+        child.kill()  # one that waits for the other in vain
+    assert ended == [0, 0]
+
+
+def _one_of_two(work: Callable[[int], object], rank: int, port: int) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
+    work(rank)
+    torch.distributed.destroy_process_group()
 
 
 def free_port() -> int:
