@@ -3,8 +3,8 @@
 `python benchmarks/two_gpus.py` trains SmolLM2-135M by a shipped recipe, of which it takes a few steps;
 `--tiny` takes a tiny random teacher, and `--cpu` needs no GPU. Losses of first and last steps stand side by
 side; those of the first step differ by rounding alone, later ones by what rounding has led to (`--set
-precision=float32` makes that little). `--eager` adds runs without CUDA graphs. Tokens a second are those of
-each stage's second half.
+precision=float32` makes that little). `--eager` adds runs without CUDA graphs. Tokens a second are the median
+of steps of a size, but for the first few.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from lawcat.distill.step_graph import ENVIRONMENT_VARIABLE
+from lawcat.distill.step_graph import ENVIRONMENT_VARIABLE, STEPS_BEFORE_CAPTURE
 from lawcat.distill.training_log import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
+_FIRST_STEPS = STEPS_BEFORE_CAPTURE + 2
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,18 @@ class Run:
         """Return the rows of a stage."""
         return [row for row in self.rows if row["stage"] == number]
 
-    def tokens_per_second(self, number: int) -> float:
-        """Return the speed of a stage's second half: kernels are compiled and steps captured by then."""
-        rows = self.stage(number)
-        rows = rows[len(rows) // 2 :]
-        return float(sum(row["tokens"] for row in rows) / sum(row["seconds"] for row in rows))
+    def tokens_per_second(self, number: int) -> dict[int, float]:
+        """Return the median speed of a stage's steps by how many tokens they have.
+
+        The first steps of each size are left out, in which kernels are compiled and graphs captured, unless
+        there are no others.
+        """
+        by_size: dict[int, list[float]] = {}
+        for row in self.stage(number):
+            by_size.setdefault(row["tokens"], []).append(row["tokens_per_s"])
+        return {
+            size: median(speeds[_FIRST_STEPS:] or speeds[-1:]) for size, speeds in sorted(by_size.items())
+        }
 
 
 def tiny_teacher_and_recipe(place: Path) -> tuple[str, str]:
@@ -76,7 +85,9 @@ def train(
     command += [str(place), "--recipe", recipe, "--no-evaluate"]
     command += [part for setting in settings for part in ("--set", setting)]
     started = time.perf_counter()
-    subprocess.run(command, check=True, env=os.environ | environment)
+    code = subprocess.run(command, env=os.environ | environment).returncode
+    if code:
+        sys.exit(f"ended with {code}: {' '.join(command)}")
     seconds = time.perf_counter() - started
     adapter = place / "adapter" / "lawcat_adapter.safetensors"
     tensors = load_file(adapter if adapter.is_file() else place / "model.safetensors")
@@ -122,8 +133,9 @@ def show(runs: dict[str, Run], shown_steps: int) -> dict[str, Any]:
         steps_shown = sorted({*steps[:shown_steps], *steps[-shown_steps:]})
         rows = [("", list(runs))]
         rows += [(f"loss, step {i + 1}", [f"{losses[name][i]:.6f}" for name in runs]) for i in steps_shown]
-        rows += [("tokens/s", [f"{speed:,.0f}" for speed in speeds.values()])]
-        rows += [("to the first", [f"{speed / speeds[first]:.2f}x" for speed in speeds.values()])]
+        for size, speed in speeds[first].items():
+            cells = [f"{ours[size]:,.0f} ({ours[size] / speed:.2f}x)" for ours in speeds.values()]
+            rows.append((f"tokens/s, {size:,} a step", cells))
         print(table(f"\nstage {number}", rows), flush=True)
     print()
     for name, difference in found["differences"].items():
@@ -142,7 +154,7 @@ def main() -> None:
     parser.add_argument("--teacher", default="smollm2-135m-instruct")
     parser.add_argument("--recipe", default="smollm2-135m-short")
     parser.add_argument("--text", default=str(ROOT / "docs" / "*.md"), help="of the recipe's first source")
-    parser.add_argument("--steps", type=int, default=60, help="of each of stages 1 and 2")
+    parser.add_argument("--steps", type=int, default=80, help="of each of stages 1 and 2")
     parser.add_argument(
         "--set", action="append", default=[], dest="settings", help="as lawcat linearize --set"
     )
@@ -158,7 +170,8 @@ def main() -> None:
             f"there are {torch.cuda.device_count()} GPUs for {options.processes} processes; try --cpu"
         )
     settings = [f"{stage}.steps={options.steps}" for stage in ("attention_transfer", "recovery")]
-    settings += ["attention_transfer.warmup_steps=2", "recovery.warmup_steps=2"]
+    warmup = min(2, options.steps - 1)
+    settings += [f"{stage}.warmup_steps={warmup}" for stage in ("attention_transfer", "recovery")]
     settings += [f"checkpoint.every_steps={options.steps}"]
     environment = {"ACCELERATE_USE_CPU": "true"} if options.cpu else {}
     with tempfile.TemporaryDirectory() as folder:
