@@ -177,6 +177,22 @@ def test_some_variants_and_other_seeds(run: TinyRun) -> None:
     assert (recipe.name, recipe.seed, recipe.model.use_conv) == ("tiny/no-conv", 0, False)
 
 
+def test_a_variant_that_overrides_exclude_stops_only_those_who_ask_for_it(run: TinyRun) -> None:
+    before = train(run, "excluded", variants=["all"])
+    result = train(run, "excluded", variants=["plain"], **{"teacher_tuning.steps": 1})
+    expected = {"plain": "finished", "no-conv": "not finished", "all": "finished"}
+    assert states(result) == expected
+    record = json.loads((result.path / "matrix.json").read_text())
+    assert {entry["name"]: entry["state"] for entry in record["runs"]} == expected
+    earlier = next(entry for entry in before.table.splitlines() if entry.startswith("| all"))
+    assert earlier in result.table
+    with files_unchanged(result.path):
+        for variants in (["all"], ["plain", "all"], None):
+            with pytest.raises(ConfigurationError, match=r"^matrix\.all\.teacher_tuning\.steps: got 1; "):
+                train(run, "excluded", variants=variants, **{"teacher_tuning.steps": 1})
+    assert states(train(run, "excluded", variants=["no-conv"])) == dict.fromkeys(expected, "finished")
+
+
 def test_one_that_fails_is_told_and_the_others_go_on(
     run: TinyRun, monkeypatch: pytest.MonkeyPatch, whole: MatrixResult
 ) -> None:

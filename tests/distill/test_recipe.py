@@ -694,6 +694,22 @@ def test_overrides_of_a_recipe_with_a_matrix_hold_for_all_variants() -> None:
         recipe.with_overrides({"matrix.all.seeds": "1"})
 
 
+def test_a_variant_that_overrides_exclude_is_refused_when_it_is_asked_for() -> None:
+    recipe = Recipe.from_yaml(MATRIX).with_overrides({"teacher_tuning.steps": "5"})  # which needs LoRA
+    assert recipe.variant("no-gate").teacher_tuning.steps == 5
+    with pytest.raises(
+        ConfigurationError,
+        match=r"^matrix\.all\.teacher_tuning\.steps: got 5; .* set for all variants cannot be combined with",
+    ):
+        recipe.variant("all")
+    assert dataclasses.replace(recipe, seed=3).variant("lawcat").seed == 3
+    assert recipe.matrix is not None
+    assert recipe.matrix.names == ("lawcat", "no-gate", "all")
+    assert recipe.with_overrides({"recovery.train": "lora"}).variant("all").teacher_tuning.steps == 5
+    with pytest.raises(ConfigurationError, match=r"^teacher_tuning\.stps: unknown key"):
+        Recipe.from_yaml(MATRIX).with_overrides({"teacher_tuning.stps": "5"})
+
+
 @pytest.mark.parametrize(
     ("matrix", "message"),
     [

@@ -42,7 +42,7 @@ class MatrixRun:
     Attributes:
         variant: Name of its variant.
         seed: Its seed.
-        recipe: Its own recipe, all overrides applied.
+        whole: The recipe with the matrix.
         overrides: What the variant changes, by dotted key.
         path: Its directory.
         state: ``"finished"``; ``"failed"``; ``"busy"`` where another process trains it; ``"not finished"``.
@@ -52,7 +52,7 @@ class MatrixRun:
 
     variant: str
     seed: int
-    recipe: Recipe
+    whole: Recipe
     overrides: Mapping[str, Any]
     path: Path
     state: State = "not finished"
@@ -63,6 +63,16 @@ class MatrixRun:
     def name(self) -> str:
         """The name of its directory, which is what tables and results call it."""
         return self.path.name
+
+    @property
+    def recipe(self) -> Recipe:
+        """Its own recipe, all overrides applied.
+
+        Raises:
+            ConfigurationError: if what is set for all variants cannot be combined with this one; which nobody
+                has asked for then.
+        """
+        return self.whole.variant(self.variant, self.seed)
 
 
 @dataclass(frozen=True)
@@ -184,7 +194,8 @@ def plan(
         seeds: Seeds; ``None`` is what the recipe says.
 
     Raises:
-        ConfigurationError: for a variant that does not exist, or seeds that cannot be.
+        ConfigurationError: for a variant that does not exist or cannot be combined with what is set for all,
+            or seeds that cannot be.
     """
     if recipe.matrix is None:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", recipe.name).strip("-._") or "student"
@@ -200,6 +211,7 @@ def plan(
     runs = []
     for variant in matrix.variants:
         if variants is None or variant.name in variants:
+            recipe.variant(variant.name)
             for seed in seeds or variant.seeds or matrix.seeds or (recipe.seed,):
                 runs.append(_run(recipe, variant, seed, out))
     return recipe, runs
@@ -207,9 +219,7 @@ def plan(
 
 def _run(recipe: Recipe, variant: Variant, seed: int, out: Path) -> MatrixRun:
     folder = variant.name if seed == recipe.seed else f"{variant.name}-seed{seed}"
-    return MatrixRun(
-        variant.name, seed, recipe.variant(variant.name, seed), dict(variant.overrides), out / folder
-    )
+    return MatrixRun(variant.name, seed, recipe, dict(variant.overrides), out / folder)
 
 
 def _read_record(directory: Path) -> dict[str, Any] | None:
@@ -324,7 +334,7 @@ def _known_runs(directory: Path, recipe: Recipe) -> list[MatrixRun]:
 
 def _results(run: MatrixRun) -> dict[str, Any] | None:
     file = run.path / EVALUATION_FOLDER / "student.json"
-    found = stored_results(file, run.recipe.evaluation)
+    found = stored_results(file, run.whole.evaluation)
     return found if found is not None and found["model"] == run.name else None
 
 

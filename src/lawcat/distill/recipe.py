@@ -852,11 +852,14 @@ class Variant:
         name: Name of its folder.
         overrides: What it changes in the recipe, by dotted key.
         seeds: Seeds to train it with; empty for those of the matrix.
+        is_excluded: Whether fields that were set for all variants cannot be combined with it. It keeps its
+            place in the matrix, and `Recipe.variant` refuses it.
     """
 
     name: str
     overrides: Mapping[str, Any]
     seeds: tuple[int, ...] = ()
+    is_excluded: bool = False
 
 
 @dataclass(frozen=True)
@@ -1059,6 +1062,8 @@ class Recipe(_Settings):
                     "is missing; without a source of provider text, needles need prose of their own.",
                 )
         for variant in self.matrix.variants if self.matrix is not None else ():
+            if variant.is_excluded:
+                continue
             try:
                 self._resolved(variant)
             except _FieldError as error:
@@ -1075,7 +1080,8 @@ class Recipe(_Settings):
             A recipe without a matrix, named after both.
 
         Raises:
-            ConfigurationError: if there is no such variant.
+            ConfigurationError: if there is no such variant, or other fields set since the recipe was read
+                cannot be combined with it.
         """
         names = self.matrix.names if self.matrix is not None else ()
         if self.matrix is None or name not in names:
@@ -1084,13 +1090,26 @@ class Recipe(_Settings):
                 f"There is no variant {name!r} in the recipe {self.name!r}; {there}."
                 f"{did_you_mean(name, names)}"
             )
-        recipe = self._resolved(self.matrix.variants[names.index(name)])
+        try:
+            recipe = self._resolved(self.matrix.variants[names.index(name)])
+        except _FieldError as error:
+            raise ConfigurationError(
+                f"matrix.{name}.{error} What is set for all variants cannot be combined with this one: leave "
+                "that out, or name the other variants alone."
+            ) from None
         return recipe if seed is None else dataclasses.replace(recipe, seed=seed)
 
     def _resolved(self, variant: Variant) -> Recipe:
         values = dataclasses.replace(self, matrix=None).to_dict()
         values["name"] = f"{self.name}/{variant.name}"
         return _overridden(values, variant.overrides)
+
+    def _tried(self, variant: Variant) -> Variant:
+        try:
+            self._resolved(variant)
+        except _FieldError:
+            return dataclasses.replace(variant, is_excluded=True)
+        return dataclasses.replace(variant, is_excluded=False)
 
     def prose_sources(self, task: DataSource) -> tuple[DataSource, ...]:
         """Return what names the prose of a task's source: itself if it has a path, else the text sources."""
@@ -1208,7 +1227,8 @@ class Recipe(_Settings):
                 schedule), what belonged to the old one only goes back to its default.
 
         Returns:
-            The new recipe.
+            The new recipe. Variants of its matrix that cannot be combined with these values are refused when
+            they are asked for, so that they do not keep others from being trained.
 
         Raises:
             ConfigurationError: for an unknown key, or as the class.
@@ -1230,7 +1250,9 @@ class Recipe(_Settings):
         try:
             recipe = _overridden(values, overrides)
             if self.matrix is not None:
-                recipe = dataclasses.replace(recipe, matrix=self.matrix.with_overrides(overrides))
+                matrix = self.matrix.with_overrides(overrides)
+                variants = tuple(recipe._tried(variant) for variant in matrix.variants)
+                recipe = dataclasses.replace(recipe, matrix=dataclasses.replace(matrix, variants=variants))
         except _FieldError as error:
             raise ConfigurationError(str(error)) from None
         return recipe
