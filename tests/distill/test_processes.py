@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from tiny_runs import TinyRun, free_port, in_two_processes, on_one_processor
-from tiny_stages import CPU, Repetition, make_stage, make_step, parameters_of, random_batch, train
+from tiny_stages import CPU, Repetition, T, make_stage, make_step, parameters_of, random_batch, train
 from torch import Tensor
 
 from comparison import assert_near
@@ -80,6 +80,15 @@ def half(batch: Batch, rank: int) -> Batch:
 def stage_of(number: int, device: torch.device = CPU) -> Stage:
     settings = {0: {}, 1: {"gate_penalty": 0.3, "answer_weight": 0.5}, 2: {"gate_penalty": 0.3}}
     return make_stage(number, device, dtype=torch.float32, **settings[number])
+
+
+def test_which_tokens_weigh() -> None:
+    batch, carried = random_batch(1), random_batch(1, segments=3)
+    for number, length in ((0, 3 * T), (2, T)):
+        stage = make_stage(number)
+        assert stage.weight(batch) == batch.loss_weight[:, 1:].sum()
+        assert stage.weight(carried) == carried.loss_weight[:, 3 * T - length + 1 :].sum()
+    assert make_stage(1).weight(batch) is None
 
 
 @dataclass(frozen=True)
