@@ -29,6 +29,7 @@ from .configuration_lawcat import FULL, LINEAR, SLIDING, LawcatConfig
 from .convolution import CausalConvolution
 from .feature_map import FeatureMap
 from .gate import DecayGate
+from .offload import parameter_of
 from .window import Near, SlidingWindow
 
 
@@ -169,7 +170,7 @@ class LawcatAttention(nn.Module):
                 logits,  # no decay when None
                 q_taps=q_taps,  # (3) u_t = sum_i taps[i] q_{t - K + 1 + i}, and the same of k
                 k_taps=k_taps,
-                map_weight=self.feature_map.weight,  # (4) phi(u) = [softmax(u W) ; softmax(-u W)]
+                map_weight=parameter_of(self.feature_map),  # (4) phi(u) = [softmax(u W) ; softmax(-u W)]
                 gate_divisor=config.gate_divisor,  # (5) log a_t = logsigmoid(gate_t) / 16, bounded
                 min_log_decay=config.min_log_decay,
                 normalize=config.use_normalizer,  # (6) S_t = a_t S_{t-1} + phi(k_t) [v_t, 1]
@@ -279,7 +280,7 @@ class LawcatAttention(nn.Module):
             "normalize": config.use_normalizer,
             "eps": config.normalizer_eps,
         }
-        weight = self.feature_map.weight
+        weight = parameter_of(self.feature_map)
         count_call("step", "triton" if in_place else "torch")
         if in_place:
             from ..ops.triton.decode_step import decode_step
@@ -301,7 +302,9 @@ class LawcatAttention(nn.Module):
         return output
 
     def _taps(self) -> tuple[Tensor | None, Tensor | None]:
-        return (self.q_conv.weight, self.k_conv.weight) if self.config.use_conv else (None, None)
+        return (
+            (parameter_of(self.q_conv), parameter_of(self.k_conv)) if self.config.use_conv else (None, None)
+        )
 
     def _rotate(
         self, q: Tensor, k: Tensor, position_embeddings: tuple[Tensor, Tensor] | None

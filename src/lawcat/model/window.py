@@ -20,6 +20,7 @@ from ..ops.precision import at_least_float32
 from ..ops.window import Sinks, Sums, sliding_sum, sliding_window_sums
 from .cache import SlidingWindowState
 from .configuration_lawcat import LawcatConfig
+from .offload import parameter_of
 
 # Its sigmoid is 0.1, with which LoLCATs starts.
 INITIAL_SCALE = -2.1972245773362196
@@ -123,7 +124,7 @@ class SlidingWindow(nn.Module):
             q * self.scaling, keys, values, is_visible, window=self.window, sinks=sinks
         )
         if self.scale is not None:
-            factor = at_least_float32(self.scale).sigmoid()[:, None]
+            factor = at_least_float32(parameter_of(self, "scale")).sigmoid()[:, None]
             sums = Sums(sums.numerator * factor, sums.denominator * factor)
         decay = None if log_decay is None else self._decay(log_decay, state)
         enters_state = None
