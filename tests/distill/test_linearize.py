@@ -426,6 +426,20 @@ def test_a_run_with_another_recipe_or_teacher_or_data(run: TinyRun, tmp_path: Pa
     assert_finished(run, "mine", whole)
 
 
+def test_a_run_that_failed_before_it_had_begun_is_not_in_the_way(run: TinyRun, whole: Path) -> None:
+    with pytest.raises(DataError, match="There is no file nowhere"):
+        run("misspelt", **{"data.0.path": "nowhere.txt"})
+    training = training_folder(run, "misspelt")
+    (training / "tensorboard").mkdir()
+    (training / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigurationError, match="is not of a run of lawcat; nothing was"):
+        run("misspelt")
+    assert (training / "thesis.txt").read_text() == "mine"
+    (training / "thesis.txt").unlink()
+    run("misspelt")
+    assert_finished(run, "misspelt", whole)
+
+
 def test_a_teacher_found_elsewhere_is_the_same_teacher(run: TinyRun, tmp_path: Path, whole: Path) -> None:
     moved = shutil.copytree(run.teacher, tmp_path / "moved")
     assert linearize(str(moved), whole, tiny_recipe(run.text)).is_reused

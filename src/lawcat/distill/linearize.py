@@ -31,7 +31,7 @@ from lawcat.convert.initialize import (
 )
 from lawcat.convert.save import save_student
 from lawcat.convert.teacher import Teacher, load_teacher, resolve_teacher
-from lawcat.distill.checkpoint import TrainingState, latest_checkpoint, load_checkpoint
+from lawcat.distill.checkpoint import TrainingState, latest_checkpoint, list_checkpoints, load_checkpoint
 from lawcat.distill.mixture import Mixture, build_mixture
 from lawcat.distill.model_card import model_card
 from lawcat.distill.precision import resolve_precision
@@ -65,6 +65,9 @@ RUN_NAME = "lawcat_run.json"
 RECIPE_NAME = "recipe.yaml"
 LOG_NAME = "training_log.jsonl"
 LOCK_NAME = "lock"
+# In the folder of a run under way.
+CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
 
 
 def _silent(text: str) -> None:
@@ -225,7 +228,7 @@ def _train(run: _Run, student: LawcatForCausalLM, state: TrainingState | None) -
     log = None
     if workers.is_main:
         done = (state.stage, state.step) if state is not None else (0, 0)
-        folder = run.training / "tensorboard" if run.tensorboard else None
+        folder = run.training / TENSORBOARD if run.tensorboard else None
         log = TrainingLog(run.training / LOG_NAME, resume_from=done, tensorboard_dir=folder)
     context = StageContext(
         recipe=recipe,
@@ -233,7 +236,7 @@ def _train(run: _Run, student: LawcatForCausalLM, state: TrainingState | None) -
         teacher_fingerprint=run.identity["teacher"],
         mixture=mixture,
         first_sequence=0,
-        checkpoints=run.training / "checkpoints",
+        checkpoints=run.training / CHECKPOINTS,
         log=log,
         workers=workers,
         interruption=run.interruption,
@@ -418,7 +421,7 @@ def _prepare(
 ) -> None:
     """Begin a run, or make sure that the one that is there is this one. While `held` is, it is ours alone."""
     record = _read_record(training)
-    if record is not None:
+    if record is not None and list_checkpoints(training / CHECKPOINTS):
         _check_same_run(training, record, identity)
     with clear_write_errors(training):
         training.mkdir(parents=True, exist_ok=True)
@@ -428,12 +431,23 @@ def _prepare(
     if os.path.lexists(directory):
         raise BusyError(f"another process has just written {directory}; run the same command again.")
     if (record := _read_record(training)) is not None:
-        _check_same_run(training, record, identity)
-        return
+        if list_checkpoints(training / CHECKPOINTS) or _is_same_run(record, identity):
+            _check_same_run(training, record, identity)
+            return
+        # A run that failed before it had anything to save, such as one whose data was misspelt.
+        _clear(training)
     _check_empty(training)
     record = {"lawcat": __version__, "base": base_name, **identity}
     write_atomic(training / RUN_NAME, json.dumps(record, indent=2) + "\n")
     write_atomic(training / RECIPE_NAME, recipe.to_yaml())
+
+
+def _clear(training: Path) -> None:
+    for path in training.iterdir():
+        if path.name in (RUN_NAME, RECIPE_NAME, LOG_NAME):
+            path.unlink()
+        elif path.name in (CHECKPOINTS, TENSORBOARD):
+            remove_directory(path)
 
 
 def _check_empty(training: Path) -> None:
@@ -472,6 +486,10 @@ def _remove_rest(directory: Path, training: Path) -> None:
             remove_directory(training)
 
 
+def _is_same_run(record: dict[str, Any], identity: dict[str, str]) -> bool:
+    return all(record.get(what) == fingerprint for what, fingerprint in identity.items())
+
+
 def _check_same_run(directory: Path, record: dict[str, Any], identity: dict[str, str]) -> None:
     for what, fingerprint in identity.items():
         if record.get(what) != fingerprint:
@@ -482,7 +500,7 @@ def _check_same_run(directory: Path, record: dict[str, Any], identity: dict[str,
 
 
 def _saved_state(training: Path, identity: dict[str, str]) -> TrainingState | None:
-    checkpoint = latest_checkpoint(training / "checkpoints")
+    checkpoint = latest_checkpoint(training / CHECKPOINTS)
     if checkpoint is None:
         return None
     return load_checkpoint(
