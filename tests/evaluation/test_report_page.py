@@ -283,6 +283,26 @@ def test_the_command_makes_the_report(tmp_path):
     run = CliRunner().invoke(app, ["report", str(tmp_path / "a.json"), "--output", str(tmp_path / "out")])
     assert run.exit_code == 0, run.output
     assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_models_of_one_name_are_told_apart_by_names(tmp_path):
+    files = []
+    for folder in "ab":  # two students called "student", as folders often are
+        one = payload("student", 0, tasks=("passkey",), lengths=(1024,), samples=20)
+        write_results(tmp_path / f"{folder}.json", one | {"model_fingerprint": folder})
+        files.append(tmp_path / f"{folder}.json")
+    with pytest.raises(ConfigurationError, match=r"with other weights .* one a file, with --names"):
+        report_from_files(files, tmp_path / "out")
+    command = ["report", *map(str, files), "--output", str(tmp_path / "out"), "--names", "first, second"]
+    run = CliRunner().invoke(app, command)
+    assert run.exit_code == 0, run.output
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.json")) == [
+        "results-first.json",
+        "results-second.json",
+    ]
+    for names in (["first"], ["first", ""], []):
+        with pytest.raises(ConfigurationError, match=r"^names: got .* for 2 files; give one name a file"):
+            report_from_files(files, tmp_path / "out", names=names)
     assert (tmp_path / "out" / "passkey.svg").is_file()
     run = CliRunner().invoke(app, ["report", str(tmp_path / "no.json"), "--output", str(tmp_path / "out")])
     assert run.exit_code == 2

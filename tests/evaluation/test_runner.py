@@ -1,3 +1,5 @@
+import errno
+import io
 import json
 import threading
 from collections.abc import Mapping
@@ -6,7 +8,8 @@ import pytest
 import torch
 from tiny_models import tiny_lawcat, tiny_llama
 
-from lawcat.errors import ConfigurationError, DataError
+import lawcat.evaluation.records as records_module
+from lawcat.errors import ConfigurationError, DataError, LawcatError
 from lawcat.evaluation.answering import reads_in_pieces
 from lawcat.evaluation.records import read_records
 from lawcat.evaluation.runner import evaluate
@@ -493,6 +496,29 @@ def test_somebody_elses_file_is_refused_and_left_alone(tokenizer, model, tmp_pat
     with pytest.raises(DataError, match=r"samples\.jsonl"):
         run(model, tokenizer, output_jsonl=path)
     assert path.read_bytes() == content
+
+
+def test_records_on_a_full_disk_say_which_file(tokenizer, model, tmp_path, monkeypatch):
+    class Full(io.RawIOBase):
+        name = "samples.jsonl"
+
+        def writable(self):
+            return True
+
+        def write(self, content):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def opened(path, mode="r", **options):
+        return io.TextIOWrapper(io.BufferedWriter(Full())) if mode == "a" else open(path, mode, **options)
+
+    monkeypatch.setattr(records_module, "open", opened, raising=False)
+    with pytest.raises(LawcatError, match=r"^disk full: .*samples\.jsonl could not be written"):
+        run(model, tokenizer, samples=2, output_jsonl=tmp_path / "samples.jsonl")
+
+
+def test_a_length_that_is_too_short_says_for_which_task(tokenizer, model):
+    with pytest.raises(DataError, match=r"^vt at 512: The question, .* take \d+ tokens .* not fit in 512"):
+        run(model, tokenizer, tasks=["passkey", "vt"], lengths=[512], samples=1)
 
 
 def test_every_cut_of_the_last_line_is_survived(tokenizer, model, tmp_path):

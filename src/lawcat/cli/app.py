@@ -223,12 +223,15 @@ def evaluate(
 def report(
     files: Annotated[list[Path], typer.Argument(help="Results files of one or several runs and models.")],
     output: Annotated[Path, typer.Option(help="Write report.html and report.md into this directory.")],
+    names: Annotated[
+        str | None, typer.Option(help="What to call the models, comma-separated, one name a file.")
+    ] = None,
     image_format: Annotated[str, typer.Option(help="Plots of report.md: svg or png.")] = "svg",
 ) -> None:
     """Make one report of stored results, models in the order of the files: the teacher's first."""
     from lawcat.cli.report import run_report
 
-    run_report(files, output, image_format)
+    run_report(files, output, names, image_format)
 
 
 @app.command()

@@ -7,6 +7,7 @@ from pathlib import Path
 from lawcat.evaluation.report import report_from_files
 
 
-def run_report(files: list[Path], output: Path, image_format: str) -> None:
+def run_report(files: list[Path], output: Path, names: str | None, image_format: str) -> None:
     """See the command's help."""
-    print(report_from_files(files, output, image_format=image_format))
+    chosen = None if names is None else [name.strip() for name in names.split(",")]
+    print(report_from_files(files, output, names=chosen, image_format=image_format))

@@ -126,8 +126,11 @@ def open_records(path: str | os.PathLike[str] | None) -> Iterator[TextIO | None]
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         _mend_last_line(path)
         stream = open(path, "a", encoding="utf-8")  # noqa: SIM115
-    with stream:
+    try:
         yield stream
+    finally:
+        with clear_write_errors(path):  # what could not be written before is tried once more here
+            stream.close()
 
 
 def append_record(stream: TextIO, record: SampleRecord) -> None:

@@ -75,6 +75,7 @@ def report_from_files(
     paths: Sequence[str | os.PathLike[str]],
     folder: str | os.PathLike[str],
     *,
+    names: Sequence[str] | None = None,
     image_format: str = "svg",
 ) -> Path:
     """Write a report of results that were stored, as by several runs.
@@ -83,6 +84,7 @@ def report_from_files(
         paths: Results files. Those of one model are put together; models stand in the order of the files, and
             where none says that it is a student, the others are compared with the first.
         folder: As of `write_report`.
+        names: What the model of each file is called, in place of the name that it was measured under.
         image_format: As of `write_report`.
 
     Returns:
@@ -90,15 +92,20 @@ def report_from_files(
 
     Raises:
         DataError: if a file is missing, damaged or something else.
-        ConfigurationError: for no files, or files that cannot be of one model though they say so.
+        ConfigurationError: for no files, not one name a file, or files that cannot be of one model though
+            they say so.
         MissingDependencyError: without matplotlib.
         LawcatError: if a file cannot be written.
     """
     if not paths:
         raise ConfigurationError("There are no results to report. Give files that 'lawcat eval' wrote.")
-    return write_report(
-        folder, join_results([read_results(path) for path in paths]), image_format=image_format
-    )
+    payloads = [read_results(path) for path in paths]
+    if names is not None:
+        if len(names) != len(payloads) or not all(names):
+            got = ", ".join(map(repr, names)) or "none"
+            raise ConfigurationError(f"names: got {got} for {len(payloads)} files; give one name a file.")
+        payloads = [{**payload, "model": name} for payload, name in zip(payloads, names, strict=True)]
+    return write_report(folder, join_results(payloads), image_format=image_format)
 
 
 def markdown_report(

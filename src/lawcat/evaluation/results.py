@@ -123,7 +123,8 @@ def join_results(payloads: Sequence[Payload]) -> list[Payload]:
             if before.get(field) != payload.get(field):
                 raise ConfigurationError(
                     f"Two results are of a model named {name!r} but with {what} "
-                    f"({before.get(field)} and {payload.get(field)}). Report them apart, or rename one."
+                    f"({before.get(field)} and {payload.get(field)}). Report them apart, or give the "
+                    "models names of their own, one a file, with --names (names=)."
                 )
         for kind in ("results", "perplexity"):
             for cell in payload.get(kind) or []:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from lawcat.errors import ConfigurationError, LawcatError
+from lawcat.errors import ConfigurationError, DataError, LawcatError
 from lawcat.evaluation.answering import Answer, answer_prompts
 from lawcat.evaluation.attention import attention_of
 from lawcat.evaluation.fingerprint import json_fingerprint, model_fingerprint, tokenizer_fingerprint
-from lawcat.evaluation.lengths import parse_length
+from lawcat.evaluation.lengths import format_length, parse_length
 from lawcat.evaluation.memory import MemoryPlan, peak_bytes, plan_memory, reset_peak
 from lawcat.evaluation.records import SampleRecord, append_record, open_records, prompt_edges, read_records
 from lawcat.evaluation.samples import PreparedSample, SampleCache, made_ahead, tokenize
@@ -523,6 +523,8 @@ class _Maker:
         for index in {0, len(cell.keys) - 1}:
             try:
                 self.make(cell, index)
+            except DataError as error:  # which names no task: several may be asked for
+                raise DataError(f"{cell.task.name} at {format_length(cell.length)}: {error}") from error
             except LawcatError:
                 raise
             except Exception:
