@@ -711,6 +711,16 @@ def test_two_processes_are_one_with_the_whole_batch(
     assert record["processes"] == 2
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="what happens without a GPU")
+def test_torchrun_needs_no_word_that_there_is_no_gpu(run: TinyRun) -> None:
+    def work(rank: int) -> None:
+        os.environ.pop("ACCELERATE_USE_CPU")
+        run("by torchrun", attention_transfer__steps=1, recovery__steps=0)
+
+    run.in_two_processes(work, free_port())
+    assert json.loads((run.place / "by torchrun" / "lawcat_run.json").read_text())["processes"] == 2
+
+
 def test_a_batch_that_two_processes_cannot_share(run: TinyRun) -> None:
     def refused(rank: int) -> None:
         with pytest.raises(ConfigurationError, match="batch_sequences=3 cannot be shared by 2 processes"):

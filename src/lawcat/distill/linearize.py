@@ -378,7 +378,9 @@ def _mixture(run: _Run) -> Mixture:
 def _start_workers() -> Workers:
     from accelerate import Accelerator
 
-    return Workers(Accelerator())
+    # Several processes without a GPU find each other only where accelerate is told that a CPU is meant.
+    is_one_of_several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return Workers(Accelerator(cpu=is_one_of_several and not torch.accelerator.is_available()))
 
 
 def _check_peft(recipe: Recipe) -> None:
