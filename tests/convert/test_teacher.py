@@ -476,7 +476,7 @@ def hub_error(kind: type[Exception]) -> Exception:
         ),
         (
             hub_errors.LocalEntryNotFoundError,
-            "the hub cannot be reached, .*smollm2-135m-instruct comes from PyPI",
+            "there is no smollm2-135m-it here, the hub cannot be reached, .*-instruct comes from PyPI",
         ),
         (hub_errors.OfflineModeIsEnabled, "the hub cannot be reached"),
         (hub_errors.HFValidationError, "could not be fetched from the hub: first line. Try"),

@@ -407,8 +407,9 @@ def _from_hub(place: _Location, patterns: Sequence[str], tell: Progress) -> Path
         raise TeacherError(f"the hub has no {named}. Give a branch, tag or commit of it.") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise TeacherError(
-            f"the hub cannot be reached, and {named} was not fetched before. Connect to the network, or give "
-            f"a folder or a GGUF file; {EMBEDDED_TEACHER} comes from PyPI.{meant}"
+            f"there is no {place.name} here, the hub cannot be reached, and {named} was not fetched before. "
+            "Connect to the network, or give a folder or a GGUF file that is here; "
+            f"{EMBEDDED_TEACHER} comes from PyPI.{meant}"
         ) from error
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
