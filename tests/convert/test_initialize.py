@@ -49,6 +49,10 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "llama, dropout": {"attention_dropout": 0.5},
     "mistral": {"family": "mistral"},
     "mistral, tied": {"family": "mistral", "tie_word_embeddings": True, "head_dim": 16},
+    "qwen2": {"family": "qwen2"},
+    "qwen2, tied": {"family": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 1},
+    "qwen3": {"family": "qwen3"},
+    "qwen3, tied, biases": {"family": "qwen3", "tie_word_embeddings": True, "attention_bias": True},
 }
 
 

@@ -14,7 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.llama.modeling_llama import (
+    LlamaRMSNorm,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
 
 from ..ops.backend import choose_backend, count_call, gated_linear_attention, kernels_or_torch
 from ..ops.fused import linear_attention_mixer
@@ -30,6 +34,9 @@ from .convolution import CausalConvolution
 from .feature_map import FeatureMap
 from .gate import DecayGate
 from .window import Near, SlidingWindow
+
+# What a teacher's attention may have.
+_TEACHER_MODULES = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
 
 
 class LawcatAttention(nn.Module):
@@ -60,7 +67,10 @@ class LawcatAttention(nn.Module):
         self.q_proj = nn.Linear(hidden, self.num_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden, self.num_kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden, self.num_kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden, bias=config.attention_output_bias)
+        if config.use_qk_norm:
+            self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.window: SlidingWindow | None = None
         if config.sliding_window is not None and self.kind != FULL:
             self.window = SlidingWindow(config, has_scale=self.is_linear)
@@ -89,7 +99,7 @@ class LawcatAttention(nn.Module):
     def new_modules(self) -> list[str]:
         """Return the names of the modules with parameters that the teacher's attention does not have."""
         names = {name.split(".")[0] for name, _ in self.named_parameters()}
-        return sorted(names - {"q_proj", "k_proj", "v_proj", "o_proj"})
+        return sorted(names - _TEACHER_MODULES)
 
     @property
     def is_linear(self) -> bool:
@@ -128,10 +138,13 @@ class LawcatAttention(nn.Module):
         return self.o_proj(output.flatten(2)), weights
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q [B, T, H, D], k and v [B, T, G, D]: the teacher's own projections (equation 1)."""
+        """Return q [B, T, H, D], k and v [B, T, G, D] by the teacher's projections (equation 1) and norms."""
         shape = (*hidden_states.shape[:2], -1, self.head_dim)
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        return q.view(shape), k.view(shape), v.view(shape)
+        q, k, v = q.view(shape), k.view(shape), v.view(shape)
+        if self.config.use_qk_norm:  # whose float32 weights would widen q and k under autocast
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        return q, k, v
 
     def linear_attention(
         self,
