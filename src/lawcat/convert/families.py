@@ -69,7 +69,7 @@ def _sliding_window(config: Any) -> str | None:
 
 
 def _other_layers(config: Any) -> str | None:
-    """As Qwen's configurations say it: ``sliding_window`` counts for the layers that ``layer_types`` names."""
+    """As Qwen's configurations say it: a window counts in the layers that ``layer_types`` names."""
     for kind in getattr(config, "layer_types", None) or ():
         if kind == "sliding_attention":
             return (

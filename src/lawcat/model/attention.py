@@ -53,6 +53,7 @@ class LawcatAttention(nn.Module):
         assert config.head_dim is not None
         assert config.num_key_value_heads is not None
         assert config.feature_dim is not None
+        assert config.attention_output_bias is not None
         assert config.layer_types is not None
         self.head_dim = config.head_dim
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
