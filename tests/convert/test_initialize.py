@@ -9,6 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForSequenceClassification
 
 from comparison import assert_near
+from lawcat.convert.families import FAMILIES
 from lawcat.convert.initialize import (
     OPERATOR_FIELDS,
     cast_teacher_weights,
@@ -249,3 +250,41 @@ def test_teachers_that_do_not_fit() -> None:
         convert(teacher)
     with pytest.raises(TeacherError, match="'gpt2'"):
         student_config(GPT2Config())
+
+
+def test_a_tensor_that_the_family_does_not_have_or_that_is_not_there() -> None:
+    teacher = tiny_teacher("qwen2")
+    teacher.model.layers[1].self_attn.o_proj = torch.nn.Linear(32, 32, bias=True)
+    with pytest.raises(
+        TeacherError, match=r"layers\.1\.self_attn\.o_proj\.bias of a qwen2 model .* no place for"
+    ):
+        convert(teacher)
+    teacher = tiny_teacher("qwen2")
+    teacher.model.layers[0].self_attn.k_proj = torch.nn.Linear(32, 16, bias=False)
+    with pytest.raises(TeacherError, match=r"layers\.0\.self_attn\.k_proj\.bias of a qwen2 model is missing"):
+        convert(teacher)
+    teacher = tiny_teacher("qwen3")
+    teacher.model.layers[1].self_attn.k_norm = torch.nn.Identity()
+    with pytest.raises(
+        TeacherError, match=r"layers\.1\.self_attn\.k_norm\.weight of a qwen3 model is missing"
+    ):
+        convert(teacher)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_teacher_inside_pads_and_generates_as_it_does(family: str) -> None:
+    """In every layer and in some, whatever the family puts on its projections."""
+    teacher = tiny_teacher(family, num_hidden_layers=3, hidden_size=48, num_attention_heads=6, pad_token_id=0)
+    ids, mask = random_ids(3, 21), torch.ones(3, 21, dtype=torch.long)
+    mask[0, :8], mask[1, :1] = 0, 0
+    options = {"attention_mask": mask, "max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False}
+    expected, generated = teacher(ids, attention_mask=mask).logits, teacher.generate(ids, **options)
+    student, _ = convert(teacher)
+    with student.teacher_mode():
+        assert_near(student(ids, attention_mask=mask).logits[mask == 1], expected[mask == 1], 1e-5)
+        assert torch.equal(student.generate(ids, **options), generated)
+    linear = student.generate(ids, **options)
+    assert torch.equal(linear, student.generate(ids, use_cache=False, **options))
+    alone = student.generate(ids[:1, 8:], **options | {"attention_mask": mask[:1, 8:]})
+    assert torch.equal(linear[0, 8:], alone[0])

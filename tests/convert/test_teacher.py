@@ -534,9 +534,14 @@ def test_gguf_of_qwen(tiny: Path, tmp_path: Path, family: str, head_dim: int | N
             writer.add_value_length(head_dim)
 
     path = write_gguf(tmp_path / "x.gguf", folder, architecture=family, change=add_width, split="qwen2")
+    first_tokenizer = load_tokenizer(path)  # from the file, and not from what is made of it
     teacher, original = load_teacher(path), load_teacher(folder)
     assert teacher.model.config.model_type == family
     assert teacher.fingerprint == original.fingerprint
+    for tokenizer in (first_tokenizer, teacher.tokenizer):  # Qwen's takes both for the same word
+        assert tokenizer is not None
+        assert tokenizer("caf\u00e9").input_ids == tokenizer("cafe\u0301").input_ids
+        assert tokenizer.tokenize("\n\n12") == ["\u010a\u010a", "1", "2"]
     ids = torch.arange(40).reshape(2, 20)
     with torch.no_grad():
         assert torch.equal(teacher.model(ids).logits, original.model(ids).logits)

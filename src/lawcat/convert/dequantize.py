@@ -232,7 +232,7 @@ def _split_as_trained(tokenizer: PreTrainedTokenizerBase, file: GgufFile) -> Non
     transformers 5.23 does not know "smollm" and cuts as GPT-2 does, and 5.17 does so for every model: then
     two line feeds before a digit become two tokens, and not the one that SmolLM knows.
     """
-    from tokenizers import Regex, decoders, pre_tokenizers
+    from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
     name = file.metadata.get("tokenizer.ggml.pre", "default")
     if name not in _SPLITS:
@@ -249,6 +249,8 @@ def _split_as_trained(tokenizer: PreTrainedTokenizerBase, file: GgufFile) -> Non
         pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ]
+    if pattern is _QWEN2:  # and as transformers reads it again from where it is saved
+        tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
 

@@ -287,8 +287,8 @@ def head_dim(file: GgufFile) -> int:
         heads = file.metadata.get(f"{prefix}.attention.head_count")
         if not hidden or not heads:
             raise TeacherError(
-                f"{file.path} does not say how wide a head is: neither by {prefix}.attention.key_length, nor by "
-                f"{prefix}.embedding_length and {prefix}.attention.head_count. {_REMEDY}"
+                f"{file.path} does not say how wide a head is: it lacks {prefix}.attention.key_length, and "
+                f"{prefix}.embedding_length or {prefix}.attention.head_count. {_REMEDY}"
             )
         width = hidden // heads
     return int(width)
