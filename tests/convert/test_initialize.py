@@ -273,6 +273,25 @@ def test_a_tensor_that_the_family_does_not_have_or_that_is_not_there() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
+def test_under_autocast_too_it_is_the_teacher(family: str) -> None:
+    """And the linear layers get q, k and v of one type, whatever their norms make of them."""
+    teacher, ids = tiny_teacher(family), random_ids()
+    short, exact = {"device_type": "cpu", "dtype": torch.bfloat16}, teacher(ids).logits
+    with torch.autocast(**short):
+        expected = teacher(ids).logits
+    student, _ = convert(teacher)
+    with torch.autocast(**short):
+        cache = student(ids, use_cache=True).past_key_values
+        with student.teacher_mode():
+            assert torch.equal(student(ids).logits, expected)
+    assert {layer.q_inputs.dtype for layer in cache.layers} == {torch.bfloat16}
+    sliding = sliding_window_teacher(tiny_teacher(family), window=20, num_sinks=4)
+    with torch.autocast(**short):
+        assert_near(sliding(ids).logits, exact, 0.05)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_teacher_inside_pads_and_generates_as_it_does(family: str) -> None:
     """In every layer and in some, whatever the family puts on its projections."""
     teacher = tiny_teacher(family, num_hidden_layers=3, hidden_size=48, num_attention_heads=6, pad_token_id=0)

@@ -143,8 +143,8 @@ class LawcatAttention(nn.Module):
         shape = (*hidden_states.shape[:2], -1, self.head_dim)
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         q, k, v = q.view(shape), k.view(shape), v.view(shape)
-        if self.config.use_qk_norm:  # whose float32 weights would widen q and k under autocast
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if self.config.use_qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
     def linear_attention(
@@ -164,6 +164,7 @@ class LawcatAttention(nn.Module):
         """
         config = self.config
         mask = None if mask is None else mask[:, -x.shape[1] :].expand(x.shape[0], -1)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms with float32 weights have widened them
         with without_autocast(x):
             logits = None if config.gate == "none" else self.decay_gate(x)
             if self.window is not None or config.feature_map == "untied":
@@ -395,7 +396,7 @@ class LawcatAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the teacher's output before ``o_proj`` [B, T, H, D], as the Llama family computes it."""
+        """Return the teacher's output before ``o_proj`` [B, T, H, D], as its family computes it."""
         assert position_embeddings is not None
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, T, D]
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
