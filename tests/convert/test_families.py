@@ -70,7 +70,7 @@ def test_a_sliding_window_of_some_layers_is_refused(config_class: Any) -> None:
     ):
         assert family_of(config_class(**layers, **harmless)).model_type == config_class.model_type
     message = (
-        r"\((qwen2|qwen3)\) uses sliding-window attention \(sliding_window=9 from layer 3 on\)\. "
+        r"\((qwen2|qwen3)\) uses sliding-window attention \(sliding_window=9, first in layer 3\)\. "
         r"Supported are models with full attention in each layer \(use_sliding_window=false\)"
     )
     window = {"use_sliding_window": True, "sliding_window": 9}

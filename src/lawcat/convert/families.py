@@ -73,8 +73,8 @@ def _other_layers(config: Any) -> str | None:
     for kind in getattr(config, "layer_types", None) or ():
         if kind == "sliding_attention":
             return (
-                f"sliding-window attention (sliding_window={config.sliding_window} from layer "
-                f"{config.layer_types.index(kind)} on). Supported are models with full attention in each "
+                f"sliding-window attention (sliding_window={config.sliding_window}, first in layer "
+                f"{config.layer_types.index(kind)}). Supported are models with full attention in each "
                 "layer (use_sliding_window=false)"
             )
         if kind != "full_attention":
