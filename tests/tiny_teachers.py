@@ -16,6 +16,10 @@ from transformers import (
     MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from lawcat.convert.initialize import is_new_parameter
@@ -49,9 +53,13 @@ def tiny_teacher(family: str = "llama", *, seed: int = 0, **fields: Any) -> PreT
     }
     if family == "mistral":
         sizes["sliding_window"] = None
+    if family == "qwen3":  # whose heads are not hidden_size / num_attention_heads wide
+        sizes["head_dim"] = 16
     config_class, model_class = {
         "llama": (LlamaConfig, LlamaForCausalLM),
         "mistral": (MistralConfig, MistralForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     }[family]
     torch.manual_seed(seed)
     model = model_class(config_class(**(sizes | fields))).eval()

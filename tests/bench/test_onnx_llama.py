@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config, Qwen3Config
 
 from comparison import assert_near
 from lawcat.bench.onnx_llama import OnnxLlama, unavailable_because
@@ -27,6 +27,8 @@ def test_who_can_run() -> None:
         ({"vocab_size": 128_256, "hidden_size": 4096}, "2 GB"),
     ):
         assert reason in (unavailable_because(LlamaConfig(**{**CONFIG, **changed})) or "")
+    for other in (MistralConfig, Qwen2Config, Qwen3Config):
+        assert unavailable_because(other(**CONFIG)) == "is written for Llama without biases only"
 
 
 @pytest.mark.parametrize(("int8", "tolerance"), [(False, 1e-5), (True, 0.05)])

@@ -266,10 +266,10 @@ def test_windows_of_a_family_that_has_none_are_refused_before_its_teacher_is_mea
     other.mkdir()
     for file in (place / "teacher").iterdir():
         (other / file.name).write_bytes(file.read_bytes())
-    (other / "config.json").write_text(json.dumps({**config, "model_type": "qwen2"}), encoding="utf-8")
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "gemma"}), encoding="utf-8")
     result = run(other, "--lengths", 512, "--samples", 1, "--sliding-window", 64)
     assert result.exit_code == 2
-    assert "the family 'qwen2'" in result.stderr
+    assert "the family 'gemma'" in result.stderr
     assert not asked
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from lawcat import LawcatForCausalLM
 from lawcat.cli.info import describe, state_bytes
@@ -32,6 +33,25 @@ def test_the_memory_is_what_the_cache_holds(fields: dict[str, object]) -> None:
     if config.use_conv and LINEAR in config.layer_types:  # counted as if they were in float32, too
         expected += sum(layer.q_inputs.numel() + layer.k_inputs.numel() for layer in cache.layers) * 2
     assert state_bytes(config, 40) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "family", "heads"),
+    [
+        (Qwen2Config(num_hidden_layers=2), "qwen2", "32 query, 32 key/value, 128 wide"),
+        (
+            Qwen3Config(num_hidden_layers=2, hidden_size=64, num_attention_heads=4, num_key_value_heads=2),
+            "qwen3",
+            "4 query, 2 key/value, 128 wide",
+        ),
+    ],
+    ids=["qwen2", "qwen3"],
+)
+def test_a_teacher_of_qwens(tmp_path: Path, config: PreTrainedConfig, family: str, heads: str) -> None:
+    config.save_pretrained(tmp_path)
+    found = describe(str(tmp_path))
+    assert (found["kind"], found["family"], found["heads"]) == ("teacher", family, heads)
+    assert found["layers"] == "2 softmax"
 
 
 def test_what_is_said(tmp_path: Path) -> None:

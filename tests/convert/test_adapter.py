@@ -72,19 +72,23 @@ def test_what_is_saved_is_what_is_loaded(adapter: Adapter, tmp_path: Path) -> No
     ]
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_applied_it_is_what_peft_merges(tied: bool) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"tie_word_embeddings": True}, {"family": "qwen2"}, {"family": "qwen3", "attention_bias": True}],
+    ids=str,
+)
+def test_applied_it_is_what_peft_merges(fields: dict[str, Any]) -> None:
     ids = random_ids()
-    trained, wrapped, adapter = student_with_factors(tie_word_embeddings=tied)
+    trained, wrapped, adapter = student_with_factors(**fields)
     unmerged = trained(ids).logits
-    applied = fresh_student(tie_word_embeddings=tied)
+    applied = fresh_student(**fields)
     adapter.apply(applied)
     merged = wrapped.merge_and_unload()
     parameters = dict(merged.named_parameters())
     for name, parameter in applied.named_parameters():
         assert_near(parameter, parameters[name], 2e-7, name)
     assert_near(applied(ids).logits, unmerged, 1e-5, "logits")
-    assert not torch.allclose(applied(ids).logits, fresh_student(tie_word_embeddings=tied)(ids).logits)
+    assert not torch.allclose(applied(ids).logits, fresh_student(**fields)(ids).logits)
 
 
 def test_an_adapter_without_factors() -> None:

@@ -9,6 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForSequenceClassification
 
 from comparison import assert_near
+from lawcat.convert.families import FAMILIES
 from lawcat.convert.initialize import (
     OPERATOR_FIELDS,
     cast_teacher_weights,
@@ -49,6 +50,10 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "llama, dropout": {"attention_dropout": 0.5},
     "mistral": {"family": "mistral"},
     "mistral, tied": {"family": "mistral", "tie_word_embeddings": True, "head_dim": 16},
+    "qwen2": {"family": "qwen2"},
+    "qwen2, tied": {"family": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 1},
+    "qwen3": {"family": "qwen3"},
+    "qwen3, tied, biases": {"family": "qwen3", "tie_word_embeddings": True, "attention_bias": True},
 }
 
 
@@ -245,3 +250,60 @@ def test_teachers_that_do_not_fit() -> None:
         convert(teacher)
     with pytest.raises(TeacherError, match="'gpt2'"):
         student_config(GPT2Config())
+
+
+def test_a_tensor_that_the_family_does_not_have_or_that_is_not_there() -> None:
+    teacher = tiny_teacher("qwen2")
+    teacher.model.layers[1].self_attn.o_proj = torch.nn.Linear(32, 32, bias=True)
+    with pytest.raises(
+        TeacherError, match=r"layers\.1\.self_attn\.o_proj\.bias of a qwen2 model .* no place for"
+    ):
+        convert(teacher)
+    teacher = tiny_teacher("qwen2")
+    teacher.model.layers[0].self_attn.k_proj = torch.nn.Linear(32, 16, bias=False)
+    with pytest.raises(TeacherError, match=r"layers\.0\.self_attn\.k_proj\.bias of a qwen2 model is missing"):
+        convert(teacher)
+    teacher = tiny_teacher("qwen3")
+    teacher.model.layers[1].self_attn.k_norm = torch.nn.Identity()
+    with pytest.raises(
+        TeacherError, match=r"layers\.1\.self_attn\.k_norm\.weight of a qwen3 model is missing"
+    ):
+        convert(teacher)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_under_autocast_too_it_is_the_teacher(family: str) -> None:
+    """And the linear layers get q, k and v of one type, whatever their norms make of them."""
+    teacher, ids = tiny_teacher(family), random_ids()
+    short, exact = {"device_type": "cpu", "dtype": torch.bfloat16}, teacher(ids).logits
+    with torch.autocast(**short):
+        expected = teacher(ids).logits
+    student, _ = convert(teacher)
+    with torch.autocast(**short):
+        cache = student(ids, use_cache=True).past_key_values
+        with student.teacher_mode():
+            assert torch.equal(student(ids).logits, expected)
+    assert {layer.q_inputs.dtype for layer in cache.layers} == {torch.bfloat16}
+    sliding = sliding_window_teacher(tiny_teacher(family), window=20, num_sinks=4)
+    with torch.autocast(**short):
+        assert_near(sliding(ids).logits, exact, 0.05)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_teacher_inside_pads_and_generates_as_it_does(family: str) -> None:
+    """In every layer and in some, whatever the family puts on its projections."""
+    teacher = tiny_teacher(family, num_hidden_layers=3, hidden_size=48, num_attention_heads=6, pad_token_id=0)
+    ids, mask = random_ids(3, 21), torch.ones(3, 21, dtype=torch.long)
+    mask[0, :8], mask[1, :1] = 0, 0
+    options = {"attention_mask": mask, "max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False}
+    expected, generated = teacher(ids, attention_mask=mask).logits, teacher.generate(ids, **options)
+    student, _ = convert(teacher)
+    with student.teacher_mode():
+        assert_near(student(ids, attention_mask=mask).logits[mask == 1], expected[mask == 1], 1e-5)
+        assert torch.equal(student.generate(ids, **options), generated)
+    linear = student.generate(ids, **options)
+    assert torch.equal(linear, student.generate(ids, use_cache=False, **options))
+    alone = student.generate(ids[:1, 8:], **options | {"attention_mask": mask[:1, 8:]})
+    assert torch.equal(linear[0, 8:], alone[0])

@@ -40,8 +40,9 @@ def make_student(directory: Path, base: Path, **fields: Any) -> Path:
         for name, parameter in student.named_parameters()
         if is_new_parameter(name)
     }
-    tensors["model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.randn(2, 32)
-    tensors["model.layers.0.self_attn.q_proj.lora_B.weight"] = torch.randn(32, 2)
+    q_proj = student.model.layers[0].self_attn.q_proj
+    tensors["model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.randn(2, q_proj.in_features)
+    tensors["model.layers.0.self_attn.q_proj.lora_B.weight"] = torch.randn(q_proj.out_features, 2)
     adapter = Adapter(str(base), resolve_teacher(base).fingerprint, {}, (), tensors, 0.5)
     adapter.apply(student)
     return save_student(student, tiny_tokenizer(), directory, adapter=adapter)
@@ -72,14 +73,25 @@ def test_student_and_adapter_give_the_same_logits(student: Path, base: Path) -> 
     assert not torch.allclose(teacher.model(IDS).logits, merged.model(IDS).logits)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_transformers_loads_the_directory(tmp_path: Path, tied: bool) -> None:
-    base = save_teacher(tmp_path / "base", tie_word_embeddings=tied)
-    student = make_student(tmp_path / "student", base, tie_word_embeddings=tied)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"family": "qwen2"},
+        {"family": "qwen3", "tie_word_embeddings": True},
+    ],
+    ids=str,
+)
+def test_transformers_loads_the_directory(tmp_path: Path, fields: dict[str, Any]) -> None:
+    base = save_teacher(tmp_path / "base", **fields)
+    student = make_student(tmp_path / "student", base, **fields)
     model = AutoModelForCausalLM.from_pretrained(student)
     assert isinstance(model, LawcatForCausalLM)
+    assert model.config.teacher_model_type == fields.get("family", "llama")
     loaded = load_model(student).model
     assert torch.equal(model(IDS).logits, loaded(IDS).logits)
+    assert torch.equal(model(IDS).logits, load_model(student / "adapter").model(IDS).logits)
     assert loaded.generation_config.eos_token_id == 2
     assert AutoTokenizer.from_pretrained(student)("w5").input_ids == [5]
     assert torch.equal(model.generate(IDS, max_new_tokens=3), loaded.generate(IDS, max_new_tokens=3))

@@ -32,6 +32,7 @@ import lawcat.convert.embedded as embedded_module
 import lawcat.convert.teacher as teacher_module
 from lawcat.convert.cache_dir import cache_dir, cache_lock, remembered
 from lawcat.convert.gguf_file import read_gguf, rope_parameters
+from lawcat.convert.initialize import convert
 from lawcat.convert.safetensors_file import fingerprint, read_entries, weight_files
 from lawcat.convert.teacher import (
     EMBEDDED_TEACHER,
@@ -42,6 +43,7 @@ from lawcat.convert.teacher import (
     resolve_teacher,
 )
 from lawcat.errors import LawcatError, TeacherError
+from tiny_teachers import tiny_teacher
 
 torch.set_num_threads(1)
 
@@ -133,15 +135,17 @@ def write_gguf(
         writer.add_pad_token_id(2)
         writer.add_add_bos_token(False)
         writer.add_chat_template(TEMPLATE)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    known = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(known.get(architecture, gguf.MODEL_ARCH.LLAMA), 2)
     tensors: dict[str, Any] = {}
     for name, tensor in load_file(tiny / "model.safetensors").items():
         array = tensor.numpy()
-        if ".q_proj." in name:
+        if "qwen" not in architecture and ".q_proj." in name:
             array = llama_cpp_order(array, 4)
-        elif ".k_proj." in name:
+        elif "qwen" not in architecture and ".k_proj." in name:
             array = llama_cpp_order(array, 2)
-        tensors[names.get_name(name.removesuffix(".weight")) + ".weight"] = np.ascontiguousarray(array)
+        stem, _, kind = name.rpartition(".")
+        tensors[f"{names.get_name(stem)}.{kind}"] = np.ascontiguousarray(array)
     if change is not None:
         change(writer, tensors)
     for name, array in tensors.items():
@@ -511,6 +515,41 @@ def test_gguf_of_floats_is_the_same_teacher(tiny: Path, tiny_gguf: Path) -> None
     assert getattr(teacher.model.config, "quantization_config", None) is None
 
 
+@pytest.mark.parametrize(("family", "head_dim"), [("qwen2", None), ("qwen2", 32), ("qwen3", 32)])
+def test_gguf_of_qwen(tiny: Path, tmp_path: Path, family: str, head_dim: int | None) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "original"))
+    sizes = {
+        "vocab_size": len(TOKENS),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "max_position_embeddings": 2048,
+    }
+    rope = {"rope_type": "default", "rope_theta": 5000.0}
+    widths = {} if head_dim is None else {"head_dim": head_dim}
+    tiny_teacher(family, **sizes, **widths, rope_parameters=rope).save_pretrained(folder)
+
+    def add_width(writer: gguf.GGUFWriter, _: dict[str, Any]) -> None:
+        if head_dim is not None:
+            writer.add_key_length(head_dim)
+            writer.add_value_length(head_dim)
+
+    path = write_gguf(tmp_path / "x.gguf", folder, architecture=family, change=add_width, split="qwen2")
+    first_tokenizer = load_tokenizer(path)  # from the file, and not from what is made of it
+    teacher, original = load_teacher(path), load_teacher(folder)
+    assert teacher.model.config.model_type == family
+    assert teacher.fingerprint == original.fingerprint
+    for tokenizer in (first_tokenizer, teacher.tokenizer):  # Qwen's takes both for the same word
+        assert tokenizer is not None
+        assert tokenizer("caf\u00e9").input_ids == tokenizer("cafe\u0301").input_ids
+        assert tokenizer.tokenize("\n\n12") == ["\u010a\u010a", "1", "2"]
+    ids = torch.arange(40).reshape(2, 20)
+    with torch.no_grad():
+        assert torch.equal(teacher.model(ids).logits, original.model(ids).logits)
+    student, _ = convert(teacher.model)
+    with torch.no_grad(), student.teacher_mode():
+        assert torch.equal(student(ids).logits, original.model(ids).logits)
+
+
 def test_gguf_tokenizer_is_the_models_own(tiny: Path, tiny_gguf: Path) -> None:
     ours, original = load_teacher(tiny_gguf).tokenizer, AutoTokenizer.from_pretrained(tiny)
     assert ours is not None
@@ -744,6 +783,7 @@ def test_an_unknown_split_warns(tiny: Path, tmp_path: Path) -> None:
         ("smollm", "\n\n12", ["\u010a\u010a", "1", "2"]),
         ("llama-bpe", "\n\n12", ["\u010a\u010a", "1", "2"]),
         ("tekken", "\n\n12", ["\u010a\u010a", "1", "2"]),
+        ("qwen2", "\n\n12", ["\u010a\u010a", "1", "2"]),
     ],
 )
 def test_splits(tiny: Path, tmp_path: Path, split: str, text: str, tokens: list[str]) -> None:
@@ -759,6 +799,7 @@ def test_splits(tiny: Path, tmp_path: Path, split: str, text: str, tokens: list[
             "default": ["toA", "\u01201234", "(", "b", "\u0120IT", "'", "S"],
             "smollm": ["toA", "\u0120", "1", "2", "3", "4", "(", "b", "\u0120IT", "'", "S"],
             "llama-bpe": ["toA", "\u0120", "123", "4", "(b", "\u0120IT", "'S"],
+            "qwen2": ["toA", "\u0120", "1", "2", "3", "4", "(b", "\u0120IT", "'S"],
             "tekken": ["to", "A", "\u0120", "1", "2", "3", "4", "(b", "\u0120IT", "'S"],
         }[split]
     )

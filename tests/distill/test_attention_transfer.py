@@ -78,6 +78,8 @@ def slowly(
         {"rope_parameters": LLAMA3_ROPE, "attention_bias": True},
         {"operator": {"linear_rope": True, "gate": "head", "state_heads": "kv", "use_conv": False}},
         {"family": "mistral", "tie_word_embeddings": True},
+        {"family": "qwen2"},
+        {"family": "qwen3", "softmax_layers": (1,)},
         {"attention_dropout": 0.9},
     ],
     ids=str,

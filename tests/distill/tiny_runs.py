@@ -47,11 +47,11 @@ def tiny_recipe(text: Path, **overrides: Any) -> Recipe:
 
 
 class TinyRun:
-    """A teacher, a text and a place for students."""
+    """A teacher, of the fields of ``save_teacher``, a text and a place for students."""
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, **fields: Any) -> None:
         self.place = place
-        self.teacher = save_teacher(place / "teacher", tie_word_embeddings=True)
+        self.teacher = save_teacher(place / "teacher", tie_word_embeddings=True, **fields)
         self.text = write_text(place / "text.txt")
 
     def __call__(self, out: str | Path, progress: Any = None, **overrides: Any) -> LinearizeResult:

@@ -61,7 +61,10 @@ def fresh() -> Iterator[None]:
     decode_graph._decoders.clear()
 
 
-@pytest.fixture(params=[{}, {"linear_rope": True}], ids=["paper", "rope"])
+@pytest.fixture(
+    params=[{}, {"linear_rope": True, "use_qk_norm": True, "attention_bias": True}],
+    ids=["paper", "rope, norms and biases"],
+)
 def model(request: pytest.FixtureRequest) -> LawcatForCausalLM:
     return make_model(**(SMALL | request.param)).to(DEVICE)
 

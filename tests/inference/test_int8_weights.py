@@ -57,8 +57,18 @@ def test_a_token_depends_on_no_other() -> None:
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
-def test_a_model(is_tied: bool) -> None:
-    plain, small = (model(tie_word_embeddings=is_tied) for _ in range(2))
+@pytest.mark.parametrize(
+    "projections",
+    [{}, {"attention_bias": True, "attention_output_bias": False}, {"use_qk_norm": True}],
+    ids=str,
+)
+def test_a_model(is_tied: bool, projections: dict[str, bool]) -> None:
+    plain, small = (model(tie_word_embeddings=is_tied, **projections) for _ in range(2))
+    for one in (plain, small):  # biases start at zero
+        for attention in one.model.layers:
+            for layer in (attention.self_attn.q_proj, attention.self_attn.k_proj):
+                if layer.bias is not None:
+                    torch.nn.init.constant_(layer.bias, 0.3)
     use_int8_weights(small)
     assert isinstance(small.get_input_embeddings(), Int8Embedding) == is_tied
     assert small.lm_head.weight.dtype == torch.int8

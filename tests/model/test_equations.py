@@ -23,6 +23,7 @@ FIELDS = [
     {"gate": "none"},
     {"feature_dim": 4},
     {"linear_rope": True},
+    {"use_qk_norm": True, "head_dim": 16, "rms_norm_eps": 0.1, "linear_rope": True},
     {"gate_divisor": 0.01, "min_log_decay": -2.0},
 ]
 
@@ -35,11 +36,18 @@ def by_the_book(attention: LawcatAttention, x: Tensor) -> Tensor:
         len(x),
         config.num_attention_heads,
         config.num_key_value_heads,
-        8,
+        config.head_dim,
     )
     # (1) The teacher's projections; (2) repeated to the query heads as the teacher repeats them.
     q = attention.q_proj(x).view(num_tokens, num_heads, width)
     k, v = (proj(x).view(num_tokens, num_groups, width) for proj in (attention.k_proj, attention.v_proj))
+    if config.use_qk_norm:  # of each head by itself, in float32 as the teacher's
+
+        def normed(t: Tensor, weight: Tensor) -> Tensor:
+            size = torch.stack([head.square().mean() for row in t for head in row]).view(*t.shape[:2], 1)
+            return t / (size + config.rms_norm_eps).sqrt() * weight
+
+        q, k = normed(q, attention.q_norm.weight), normed(k, attention.k_norm.weight)
     if config.linear_rope:
         cos, sin = LlamaRotaryEmbedding(config)(x, torch.arange(num_tokens)[None])
         q, k = apply_rotary_pos_emb(q[None], k[None], cos, sin, unsqueeze_dim=2)
@@ -98,7 +106,8 @@ def test_the_six_equations(fields: dict[str, object]) -> None:
     positions = LlamaRotaryEmbedding(attention.config)(x, torch.arange(35)[None])
     with torch.no_grad():
         actual = attention.linear_attention(x, *attention.project(x), positions)
-    assert_near(actual[0], by_the_book(attention, x[0]), 1e-11, "output")
+    tolerance = 1e-6 if "use_qk_norm" in fields else 1e-11  # transformers' norm is in float32
+    assert_near(actual[0], by_the_book(attention, x[0]), tolerance, "output")
 
 
 @torch.no_grad()

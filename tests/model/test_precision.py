@@ -27,7 +27,7 @@ def dtypes(model: LawcatForCausalLM) -> tuple[set[torch.dtype], set[torch.dtype]
 
 
 @SHORT
-@pytest.mark.parametrize("name", ["paper", "gate a head", "hybrid", "lolcats"])
+@pytest.mark.parametrize("name", ["paper", "gate a head", "hybrid", "lolcats", "norms of q and k"])
 def test_new_parameters_are_float32_in_a_short_model(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = make_model(**VARIANTS[name])
     model.save_pretrained(tmp_path)
@@ -65,7 +65,7 @@ def test_parameters_missing_from_a_checkpoint_are_float32_too(dtype: torch.dtype
 
 @torch.no_grad()
 @SHORT
-@pytest.mark.parametrize("name", ["paper", "state a kv head", "rope", "hybrid"])
+@pytest.mark.parametrize("name", ["paper", "state a kv head", "rope", "hybrid", "norms of q and k"])
 def test_a_short_model_is_near_the_exact_one(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     exact = make_model(noise=0.05, **VARIANTS[name])
     exact.save_pretrained(tmp_path)
@@ -107,7 +107,7 @@ def test_autocast_keeps_the_linear_part_float32(name: str, dtype: torch.dtype) -
 
 
 @SHORT
-@pytest.mark.parametrize("name", ["paper", "hybrid"])
+@pytest.mark.parametrize("name", ["paper", "hybrid", "norms of q and k"])
 def test_a_training_step_under_autocast(name: str, dtype: torch.dtype) -> None:
     model = make_model(noise=0.05, **VARIANTS[name]).train()
     tokens = random_tokens(2, 20)

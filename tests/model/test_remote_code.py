@@ -38,7 +38,9 @@ except ModuleNotFoundError:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("student")
-    model = model_of(VARIANTS["hybrid"] | {"sliding_window": 5, "num_sinks": 2}, torch.float32)
+    window = {"sliding_window": 5, "num_sinks": 2}
+    projections = {"attention_bias": True, "attention_output_bias": False, "use_qk_norm": True}
+    model = model_of(VARIANTS["hybrid"] | window | projections, torch.float32)
     model.save_pretrained(place)
     write_remote_code(place)
     tokens = random_tokens(1, 20)
@@ -83,6 +85,7 @@ for directory in (place, again):
     model.save_pretrained(again)
     half = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=torch.bfloat16)
     assert half.model.layers[0].self_attn.decay_gate.bias.dtype == torch.float32
+    assert half.model.layers[0].self_attn.q_norm.weight.dtype == torch.bfloat16
 assert "lawcat" not in sys.modules
 """
     )

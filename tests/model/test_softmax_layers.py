@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import pytest
 import torch
 from model_variants import VARIANTS, left_pad, model_of, random_tokens
-from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    masking_utils,
+)
 
 from lawcat import LawcatForCausalLM
+from lawcat.convert.families import FAMILIES
 from lawcat.model.causal_mask import causal_mask
 from small_models import make_model
 
@@ -32,6 +43,14 @@ TEACHERS: dict[str, dict[str, object]] = {
     },
     "linear rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
     "dynamic rope": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
+    "qwen2": {"family": "qwen2"},
+    "qwen3": {"family": "qwen3", "head_dim": 16, "rms_norm_eps": 0.01},
+    "qwen3, biases": {"family": "qwen3", "attention_bias": True, "tie_word_embeddings": True},
+}
+CLASSES: dict[str, Any] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
 COMMON = {
     "vocab_size": 64,
@@ -50,15 +69,18 @@ COMMON = {
 
 def pair(
     fields: dict[str, object], layer_types: list[str] | None, implementation: str = "sdpa"
-) -> tuple[LlamaForCausalLM, LawcatForCausalLM]:
-    """A Llama and a lawcat model with its weights."""
+) -> tuple[PreTrainedModel, LawcatForCausalLM]:
+    """A Llama, or a model of another family, and a lawcat model with its weights."""
     torch.manual_seed(0)
     options = COMMON | fields | {"attn_implementation": implementation}
-    llama = LlamaForCausalLM(LlamaConfig(**options)).eval()
+    family = str(options.pop("family", "llama"))
+    config_class, model_class = CLASSES[family]
+    llama = model_class(config_class(**options)).eval()
     with torch.no_grad():
         for parameter in llama.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    student = make_model(layer_types=layer_types, **({"tie_word_embeddings": False} | options))
+    options = {"tie_word_embeddings": False} | options | dict(FAMILIES[family].constants)
+    student = make_model(layer_types=layer_types, **options)
     missing, unexpected = student.load_state_dict(llama.state_dict(), strict=False)
     assert unexpected == []
     assert all(".self_attn." in name for name in missing)
@@ -89,8 +111,9 @@ def test_all_softmax_is_llama(name: str, implementation: str) -> None:
     assert torch.equal(student.generate(padded, **arguments), llama.generate(padded, **arguments))
 
 
-def test_its_gradients_are_llamas() -> None:
-    llama, student = pair({}, [FULL, FULL])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_its_gradients_are_llamas(name: str) -> None:
+    llama, student = pair(TEACHERS[name], [FULL, FULL])
     tokens = random_tokens(2, 12)
     for model in (llama, student):
         model.train()
@@ -170,8 +193,9 @@ def test_teacher_mode_takes_any_mask_that_llama_takes() -> None:
         )
 
 
-def test_the_teachers_names_are_kept() -> None:
-    llama, student = pair({"attention_bias": True}, None)
+@pytest.mark.parametrize("name", ["biases", "qwen2", "qwen3, biases"])
+def test_the_teachers_names_are_kept(name: str) -> None:
+    llama, student = pair(TEACHERS[name], None)
     names, new = set(llama.state_dict()), set(student.state_dict())
     assert names <= new
     assert {name.split(".")[4] for name in new - names} == {"q_conv", "k_conv", "feature_map", "decay_gate"}

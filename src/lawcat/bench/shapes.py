@@ -63,6 +63,35 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
         },
     ),
+    "qwen2.5-0.5b": (
+        "qwen2",
+        {
+            "vocab_size": 151936,
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 32768,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        },
+    ),
+    "qwen3-0.6b": (
+        "qwen3",
+        {
+            "vocab_size": 151936,
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 40960,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        },
+    ),
     # Small enough for a test.
     "tiny": (
         "llama",
@@ -84,7 +113,7 @@ def shape_names() -> tuple[str, ...]:
     """Return the names that ``--shape`` takes.
 
     >>> shape_names()
-    ('smollm2-135m', 'llama-3.2-1b', 'mistral-7b', 'tiny')
+    ('smollm2-135m', 'llama-3.2-1b', 'mistral-7b', 'qwen2.5-0.5b', 'qwen3-0.6b', 'tiny')
     """
     return tuple(_MODELS)
 
@@ -102,7 +131,7 @@ def teacher_config(name: str) -> Any:
         >>> teacher_config("llama-3.2-1b").num_hidden_layers
         16
     """
-    from transformers import LlamaConfig, MistralConfig
+    from transformers import AutoConfig
 
     if name not in _MODELS:
         raise ConfigurationError(
@@ -110,7 +139,7 @@ def teacher_config(name: str) -> Any:
             + did_you_mean(name, shape_names())
         )
     family, fields = _MODELS[name]
-    return {"llama": LlamaConfig, "mistral": MistralConfig}[family](**fields)
+    return AutoConfig.for_model(family, **fields)
 
 
 @dataclass(frozen=True)

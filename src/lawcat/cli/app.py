@@ -343,7 +343,9 @@ def bench(
     ] = "operators,generation,training",
     shape: Annotated[
         list[str] | None,
-        typer.Option(help="smollm2-135m, llama-3.2-1b, mistral-7b or tiny. Repeatable."),
+        typer.Option(
+            help="smollm2-135m, llama-3.2-1b, mistral-7b, qwen2.5-0.5b, qwen3-0.6b or tiny. Repeatable."
+        ),
     ] = None,
     lengths: Annotated[
         str | None, typer.Option(help="Tokens: 1k,2k,...; to 64k on a GPU and 2k on a CPU when not given.")

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lawcat.convert.cache_dir import cache_lock
-from lawcat.convert.gguf_file import GgufFile, read_gguf, refuse_unsupported, rope_parameters
+from lawcat.convert.families import FAMILIES
+from lawcat.convert.gguf_file import (
+    GgufFile,
+    head_dim,
+    read_gguf,
+    refuse_unsupported,
+    rope_parameters,
+)
 from lawcat.convert.pretrained import (
     check_loading,
     checked_tokenizer,
@@ -47,6 +54,10 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _SPLITS = {
     "default": (False, _GPT2),
     "gpt-2": (False, _GPT2),
@@ -55,6 +66,8 @@ _SPLITS = {
     "llama-v3": (False, _LLAMA3),
     "llama-bpe": (False, _LLAMA3),
     "tekken": (False, _TEKKEN),
+    "qwen2": (False, _QWEN2),
+    "deepseek-r1-qwen": (False, _QWEN2),
 }
 
 
@@ -183,7 +196,8 @@ def gguf_config(file: GgufFile) -> PreTrainedConfig:
     refuse_unsupported(file)
     with reading(str(file.path)):
         config = AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name)
-    if config.model_type in ("llama", "mistral"):
+    if config.model_type in FAMILIES:
+        config.head_dim = head_dim(file)
         config.rope_parameters = rope_parameters(file, float(config.rope_parameters["rope_theta"]))
     return config
 
@@ -218,7 +232,7 @@ def _split_as_trained(tokenizer: PreTrainedTokenizerBase, file: GgufFile) -> Non
     transformers 5.23 does not know "smollm" and cuts as GPT-2 does, and 5.17 does so for every model: then
     two line feeds before a digit become two tokens, and not the one that SmolLM knows.
     """
-    from tokenizers import Regex, decoders, pre_tokenizers
+    from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
     name = file.metadata.get("tokenizer.ggml.pre", "default")
     if name not in _SPLITS:
@@ -235,6 +249,8 @@ def _split_as_trained(tokenizer: PreTrainedTokenizerBase, file: GgufFile) -> Non
         pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ]
+    if pattern is _QWEN2:  # and as transformers reads it again from where it is saved
+        tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
 

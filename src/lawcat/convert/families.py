@@ -1,14 +1,14 @@
 """The base families that lawcat understands, one row each.
 
-A row says which fields of the teacher's configuration carry over and what of the family lawcat does not
-compute. To add a family whose decoder is Llama's (norm, gated MLP, rotary embedding, grouped queries), add
-its row.
+A row says which fields of the teacher's configuration carry over, what each model of the family has without
+a field that says so, and what of the family lawcat does not compute. To add a family whose decoder is Llama's
+(norm, gated MLP, rotary embedding, grouped queries), add its row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from lawcat.errors import TeacherError
@@ -44,12 +44,14 @@ class Family:
         examples: Models that belong to it, for messages.
         fields: Fields of the teacher's configuration that are taken over under the same name.
         unsupported: Returns what of a configuration lawcat cannot compute and what would work, or None.
+        constants: Fields of ``LawcatConfig`` with the value that every model of the family has.
     """
 
     model_type: str
     examples: str
     fields: tuple[str, ...]
     unsupported: Callable[[Any], str | None]
+    constants: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _nothing(config: Any) -> str | None:
@@ -66,6 +68,20 @@ def _sliding_window(config: Any) -> str | None:
     )
 
 
+def _other_layers(config: Any) -> str | None:
+    """As Qwen's configurations say it: a window counts in the layers that ``layer_types`` names."""
+    for kind in getattr(config, "layer_types", None) or ():
+        if kind == "sliding_attention":
+            return (
+                f"sliding-window attention (sliding_window={config.sliding_window}, first in layer "
+                f"{config.layer_types.index(kind)}). Supported are models with full attention in each "
+                "layer (use_sliding_window=false)"
+            )
+        if kind != "full_attention":
+            return f"layers of {kind!r}. Supported are models with full attention in each layer"
+    return None
+
+
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
@@ -73,6 +89,16 @@ FAMILIES: dict[str, Family] = {
             "llama", "Llama 2, Llama 3.x, SmolLM2", (*_COMMON_FIELDS, "attention_bias", "mlp_bias"), _nothing
         ),
         Family("mistral", "Mistral-7B v0.2 and later", _COMMON_FIELDS, _sliding_window),
+        Family(
+            "qwen2",
+            "Qwen2, Qwen2.5",
+            _COMMON_FIELDS,
+            _other_layers,
+            {"attention_bias": True, "attention_output_bias": False},
+        ),
+        Family(
+            "qwen3", "Qwen3, dense", (*_COMMON_FIELDS, "attention_bias"), _other_layers, {"use_qk_norm": True}
+        ),
     )
 }
 
@@ -81,7 +107,8 @@ def supported_families() -> str:
     """Return the table in words, for messages.
 
     >>> supported_families()
-    'llama (Llama 2, Llama 3.x, SmolLM2), mistral (Mistral-7B v0.2 and later)'
+    'llama (Llama 2, Llama 3.x, SmolLM2), mistral (Mistral-7B v0.2 and later), qwen2 (Qwen2, Qwen2.5), \
+qwen3 (Qwen3, dense)'
     """
     return ", ".join(f"{family.model_type} ({family.examples})" for family in FAMILIES.values())
 

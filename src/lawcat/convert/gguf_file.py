@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lawcat.convert.families import FAMILIES
 from lawcat.errors import TeacherError
 
 _MAGIC = b"GGUF"
@@ -260,11 +261,37 @@ def refuse_unsupported(file: GgufFile) -> None:
             "Use a model without experts."
         )
     window = file.metadata.get(f"{prefix}.attention.sliding_window", 0)
-    if window and prefix in ("llama", "mistral"):
+    if window and prefix in FAMILIES:
         raise TeacherError(
             f"{file.path} uses sliding-window attention (of {window} tokens), which lawcat cannot convert. "
             "Use a model with full attention."
         )
+
+
+def head_dim(file: GgufFile) -> int:
+    """Return the width of a head, which transformers reads of some families only and takes as 128 for Qwen3.
+
+    Args:
+        file: The file.
+
+    Raises:
+        TeacherError: where the file does not say it.
+
+    Source:
+        The format (see above): `[llm].attention.key_length`, and what stands for it where it is missing.
+    """
+    prefix = file.architecture
+    width = file.metadata.get(f"{prefix}.attention.key_length")
+    if width is None:
+        hidden = file.metadata.get(f"{prefix}.embedding_length")
+        heads = file.metadata.get(f"{prefix}.attention.head_count")
+        if not hidden or not heads:
+            raise TeacherError(
+                f"{file.path} does not say how wide a head is: it lacks {prefix}.attention.key_length, and "
+                f"{prefix}.embedding_length or {prefix}.attention.head_count. {_REMEDY}"
+            )
+        width = hidden // heads
+    return int(width)
 
 
 def rope_parameters(file: GgufFile, rope_theta: float) -> dict[str, Any]:
@@ -331,6 +358,7 @@ def _llama3_rope(file: GgufFile, tensor: GgufTensor, rope_theta: float) -> dict[
 __all__ = [
     "GgufFile",
     "GgufTensor",
+    "head_dim",
     "is_gguf",
     "read_gguf",
     "refuse_unsupported",

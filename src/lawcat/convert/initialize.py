@@ -100,8 +100,9 @@ def student_config(
                 raise ConfigurationError(f"layer {layer} is named as softmax and as sliding; choose one.")
             kinds[layer] = kind
     fields = {name: getattr(teacher_config, name) for name in family.fields if hasattr(teacher_config, name)}
+    fields |= {"teacher_model_type": family.model_type, "layer_types": kinds, **family.constants}
     try:
-        return LawcatConfig(teacher_model_type=family.model_type, layer_types=kinds, **fields, **operator)
+        return LawcatConfig(**fields, **operator)
     except (ValueError, StrictDataclassError) as error:
         raise ConfigurationError(str(error.__cause__ or error)) from error
 

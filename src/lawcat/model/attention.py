@@ -14,7 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.llama.modeling_llama import (
+    LlamaRMSNorm,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
 
 from ..ops.backend import choose_backend, count_call, gated_linear_attention, kernels_or_torch
 from ..ops.fused import linear_attention_mixer
@@ -32,6 +36,9 @@ from .gate import DecayGate
 from .offload import parameter_of
 from .window import Near, SlidingWindow
 
+# What a teacher's attention may have.
+_TEACHER_MODULES = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
+
 
 class LawcatAttention(nn.Module):
     """One layer's attention; ``kind``, a layer type, says which. The model's ``teacher_mode`` switches it.
@@ -47,6 +54,7 @@ class LawcatAttention(nn.Module):
         assert config.head_dim is not None
         assert config.num_key_value_heads is not None
         assert config.feature_dim is not None
+        assert config.attention_output_bias is not None
         assert config.layer_types is not None
         self.head_dim = config.head_dim
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -61,7 +69,10 @@ class LawcatAttention(nn.Module):
         self.q_proj = nn.Linear(hidden, self.num_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden, self.num_kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden, self.num_kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden, bias=config.attention_output_bias)
+        if config.use_qk_norm:
+            self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.window: SlidingWindow | None = None
         if config.sliding_window is not None and self.kind != FULL:
             self.window = SlidingWindow(config, has_scale=self.is_linear)
@@ -90,7 +101,7 @@ class LawcatAttention(nn.Module):
     def new_modules(self) -> list[str]:
         """Return the names of the modules with parameters that the teacher's attention does not have."""
         names = {name.split(".")[0] for name, _ in self.named_parameters()}
-        return sorted(names - {"q_proj", "k_proj", "v_proj", "o_proj"})
+        return sorted(names - _TEACHER_MODULES)
 
     @property
     def is_linear(self) -> bool:
@@ -129,10 +140,13 @@ class LawcatAttention(nn.Module):
         return self.o_proj(output.flatten(2)), weights
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q [B, T, H, D], k and v [B, T, G, D]: the teacher's own projections (equation 1)."""
+        """Return q [B, T, H, D], k and v [B, T, G, D] by the teacher's projections (equation 1) and norms."""
         shape = (*hidden_states.shape[:2], -1, self.head_dim)
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        return q.view(shape), k.view(shape), v.view(shape)
+        q, k, v = q.view(shape), k.view(shape), v.view(shape)
+        if self.config.use_qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
 
     def linear_attention(
         self,
@@ -151,6 +165,7 @@ class LawcatAttention(nn.Module):
         """
         config = self.config
         mask = None if mask is None else mask[:, -x.shape[1] :].expand(x.shape[0], -1)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms with float32 weights have widened them
         with without_autocast(x):
             logits = None if config.gate == "none" else self.decay_gate(x)
             if self.window is not None or config.feature_map == "untied":
@@ -384,7 +399,7 @@ class LawcatAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the teacher's output before ``o_proj`` [B, T, H, D], as the Llama family computes it."""
+        """Return the teacher's output before ``o_proj`` [B, T, H, D], as its family computes it."""
         assert position_embeddings is not None
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, T, D]
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings)

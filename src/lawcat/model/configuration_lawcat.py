@@ -55,8 +55,12 @@ class LawcatConfig(PreTrainedConfig):
     the operator of LAWCAT (arXiv 2509.18467); each variant the paper discusses is one field.
 
     Args:
-        teacher_model_type: Family of the teacher, `"llama"` or `"mistral"`: a row of
-            `lawcat.convert.families`.
+        teacher_model_type: Family of the teacher, such as `"llama"`: a row of `lawcat.convert.families`.
+        attention_bias: Biases of the projections to q, k and v, and of the one from their output but for
+            what `attention_output_bias` says.
+        attention_output_bias: Bias of the projection from attention's output. `None` means as
+            `attention_bias`; Qwen2 has the others and not this one.
+        use_qk_norm: A norm over each head's q and k, right after the projection: Qwen3.
         layer_types: Per layer `"linear_attention"`, `"full_attention"` (the teacher's softmax attention
             kept) or `"sliding_attention"` (that over the last `sliding_window` tokens and `num_sinks` sinks
             only, in constant memory). `None` makes every layer linear.
@@ -128,6 +132,8 @@ class LawcatConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     rope_parameters: dict[str, Any] | None = None
     attention_bias: bool = False
+    attention_output_bias: bool | None = None
+    use_qk_norm: bool = False
     attention_dropout: int | float | None = 0.0
     mlp_bias: bool = False
 
@@ -163,6 +169,8 @@ class LawcatConfig(PreTrainedConfig):
                     f"num_attention_heads={self.num_attention_heads}; set head_dim."
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.attention_output_bias is None:
+            self.attention_output_bias = self.attention_bias
         if self.feature_dim is None:
             self.feature_dim = self.head_dim
         if self.layer_types is None:
