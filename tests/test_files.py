@@ -104,6 +104,21 @@ def test_write_directory_atomic(tmp_path: Path) -> None:
     assert names(target.parent) == ["model"]
 
 
+@pytest.mark.parametrize(("mask", "expected"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_who_may_read_a_folder_may_read_its_files(tmp_path: Path, mask: int, expected: int) -> None:
+    def writer(place: Path) -> None:
+        file = place / "model.safetensors"
+        file.write_bytes(b"a")
+        file.chmod(0o600)  # as safetensors leaves it
+
+    before = os.umask(mask)
+    try:
+        write_directory_atomic(tmp_path / "model", writer)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model" / "model.safetensors").stat().st_mode & 0o777 == expected
+
+
 def test_write_directory_atomic_refuses_what_appeared_meanwhile(tmp_path: Path) -> None:
     target = tmp_path / "model"
 

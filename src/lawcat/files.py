@@ -252,12 +252,22 @@ def write_directory_atomic(
         with clear_write_errors(target):
             temporary.mkdir(parents=True)
             writer(temporary)
+            _let_others_read(temporary)
             _fsync_tree(temporary)
             _rename_directory(temporary, target, replace)
             fsync_directory(target.parent)
     except BaseException:
         _remove(temporary)
         raise
+
+
+def _let_others_read(folder: Path) -> None:
+    """Give files the permissions that the folder has: safetensors lets their owner alone read them."""
+    mode = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            with contextlib.suppress(OSError):  # a file system without permissions
+                file.chmod(file.stat().st_mode | mode)
 
 
 def _refuse_existing(target: Path) -> None:
