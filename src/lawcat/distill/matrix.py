@@ -202,16 +202,15 @@ def plan(
         recipe = replace(recipe, matrix=Matrix((Variant(name, {}),)))
     matrix = recipe.matrix
     assert matrix is not None
-    for name in variants or ():
-        recipe.variant(name)
     if variants is not None and not variants:
         raise ConfigurationError(f"No variant is named; there are {', '.join(matrix.names)}.")
+    for name in matrix.names if variants is None else variants:
+        recipe.variant(name)
     if seeds is not None and (not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0):
         raise ConfigurationError(f"seeds: got {list(seeds)}; give at least one, each once and 0 or more.")
     runs = []
     for variant in matrix.variants:
         if variants is None or variant.name in variants:
-            recipe.variant(variant.name)
             for seed in seeds or variant.seeds or matrix.seeds or (recipe.seed,):
                 runs.append(_run(recipe, variant, seed, out))
     return recipe, runs
