@@ -445,7 +445,8 @@ def _prepare(
 
 
 def _clear(training: Path) -> None:
-    for path in training.iterdir():
+    # What says whose folder this is goes last: one that is cleared by half is known the next time.
+    for path in sorted(training.iterdir(), key=lambda path: path.name == RUN_NAME):
         if path.name in (RUN_NAME, RECIPE_NAME, LOG_NAME):
             path.unlink()
         elif path.name in (CHECKPOINTS, TENSORBOARD):

@@ -231,7 +231,7 @@ def language_loss(
     kl_weight: float = 0.0,
     temperature: float = 1.0,
 ) -> LanguageLosses:
-    """Return the weighted sums over tokens of the loss, of its cross-entropy and of its KL divergence.
+    """Return weighted sums over tokens: loss, cross-entropy, KL divergence, and answers that are right.
 
     The loss is ``cross_entropy_weight * CE + kl_weight * temperature^2 * KL(teacher || student)``, both at
     the given token weights, KL at those times ``kl_factors``; divide by the sum of weights over all processes

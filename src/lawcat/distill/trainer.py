@@ -84,8 +84,7 @@ def _measured(losses: LanguageLosses, batch: Batch, num_tokens: int | None = Non
         batch: Those tokens.
         num_tokens: How many at the end of each sequence count; None for all.
     """
-    last = slice(1, None) if num_tokens is None else slice(-num_tokens + 1, None)
-    asked = (batch.loss_weight * batch.is_answer)[:, last].sum()
+    asked = _sum_over(batch.loss_weight * batch.is_answer, num_tokens)
     measured = {"loss": losses.loss.detach(), _RIGHT: losses.right, _ASKED: asked}
     if num_tokens is None:
         measured |= {"cross_entropy": losses.cross_entropy, "kl": losses.kl}
@@ -119,7 +118,7 @@ class TeacherTuningStage:
 
     def weight(self, batch: Any) -> Tensor:
         """Return the sum of weights."""
-        return _sum_of_weights(batch)
+        return _sum_over(batch.loss_weight)
 
     def backward(self, batch: Any, workers: Workers) -> dict[str, Tensor]:
         """Return what ``_measured`` says."""
@@ -199,7 +198,7 @@ class RecoveryStage:
 
     def weight(self, batch: Any) -> Tensor:
         """Return the sum of weights of those tokens that the gradient reaches."""
-        return _sum_of_weights(batch, 1 - self._sequence_length if self._is_carried(batch) else 1)
+        return _sum_over(batch.loss_weight, self._sequence_length if self._is_carried(batch) else None)
 
     def backward(self, batch: Any, workers: Workers) -> dict[str, Tensor]:
         """Return what ``_measured`` says."""
@@ -227,10 +226,15 @@ class RecoveryStage:
         torch.autograd.backward(loss + penalty / workers.count)
 
 
-def _sum_of_weights(batch: Any, first: int = 1) -> Tensor:
-    # The first token of all is predicted by none.
-    weight: Tensor = batch.loss_weight[:, first:].sum()
-    return weight
+def _sum_over(weight: Tensor, num_tokens: int | None = None) -> Tensor:
+    """Return the sum of weights [B, T] over the tokens that are predicted from one before them.
+
+    Args:
+        weight: Of each token.
+        num_tokens: How many at the end of each sequence are looked at; None for all.
+    """
+    first = 1 if num_tokens is None else weight.shape[1] - num_tokens + 1
+    return weight[:, first:].sum()
 
 
 def _total_weight(stage: TeacherTuningStage | RecoveryStage, batch: Any) -> Tensor:
