@@ -433,9 +433,10 @@ def _prepare(
     if os.path.lexists(directory):
         raise BusyError(f"another process has just written {directory}; run the same command again.")
     if (record := _read_record(training)) is not None:
-        if list_checkpoints(training / CHECKPOINTS) or _is_same_run(record, identity):
-            _check_same_run(training, record, identity)
+        if _difference(record, identity) is None:
             return
+        if list_checkpoints(training / CHECKPOINTS):
+            _check_same_run(training, record, identity)
         # A run that failed before it had anything to save, such as one whose data was misspelt.
         _clear(training)
     _check_empty(training)
@@ -489,17 +490,18 @@ def _remove_rest(directory: Path, training: Path) -> None:
             remove_directory(training)
 
 
-def _is_same_run(record: dict[str, Any], identity: dict[str, str]) -> bool:
-    return all(record.get(what) == fingerprint for what, fingerprint in identity.items())
+def _difference(record: dict[str, Any], identity: dict[str, str]) -> str | None:
+    """Return what of a recorded run is not this one's, if anything."""
+    return next((what for what, fingerprint in identity.items() if record.get(what) != fingerprint), None)
 
 
 def _check_same_run(directory: Path, record: dict[str, Any], identity: dict[str, str]) -> None:
-    for what, fingerprint in identity.items():
-        if record.get(what) != fingerprint:
-            raise CheckpointError(
-                f"{directory} holds a run with another {what}; nothing was overwritten. Choose another "
-                f"output directory, or remove that one to begin again."
-            )
+    what = _difference(record, identity)
+    if what is not None:
+        raise CheckpointError(
+            f"{directory} holds a run with another {what}; nothing was overwritten. Choose another "
+            f"output directory, or remove that one to begin again."
+        )
 
 
 def _saved_state(training: Path, identity: dict[str, str]) -> TrainingState | None:
