@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import math
 import os
 import signal
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,7 +36,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from comparison import assert_near
-from lawcat.distill import losses, sources, step_graph, trainer
+from lawcat.distill import losses, sources, step_graph, trainer, training_step
 from lawcat.distill.sequence import Batch, PackedSequence
 from lawcat.distill.step_graph import StepGraphs, graphs_for
 from lawcat.distill.trainer import AttentionTransferStage
@@ -359,6 +362,31 @@ def test_a_whole_run_queued(run: TinyRun, queued: None, monkeypatch: pytest.Monk
             assert mine[name] == pytest.approx(theirs[name], rel=2e-3), name
 
 
+def test_a_queued_step_is_given_its_own_time(
+    run: TinyRun, queued: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is looked at when the next one, which may take any time to be queued, has been queued, too."""
+    now = 0.0
+    backward = AttentionTransferStage.backward
+    durations = [8.0, 1.0, 2.0, 0.5, 4.0, 0.25]
+    left = iter(durations)
+
+    def takes_long(self: Any, batch: Any, workers: Any) -> Any:
+        nonlocal now
+        now += next(left)
+        return backward(self, batch, workers)
+
+    monkeypatch.setattr(training_step, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(AttentionTransferStage, "backward", takes_long)
+    out = run("timed", recovery__steps=0).path
+    rows = read_log(out / "training_log.jsonl")
+    assert [row["seconds"] for row in rows] == durations
+    assert [row["tokens_per_s"] for row in rows] == [32 / seconds for seconds in durations]
+    stage = json.loads((out / "lawcat_run.json").read_text())["stages"]["1"]
+    assert stage["seconds"] == sum(durations)
+    assert stage["tokens_per_s"] == round(5 * 32 / sum(durations[1:]))
+
+
 def test_a_queued_run_resumes(run: TinyRun, queued: None) -> None:
     tuning = {"teacher_tuning__steps": 6, "teacher_tuning__batch_sequences": 2}
     whole = run("queued whole", **tuning).path
@@ -479,6 +507,26 @@ def test_a_capture_that_fails_on_a_gpu() -> None:
     assert [str(warning.message)[:38] for warning in told] == ["training goes on without CUDA graphs: "]
     assert "capturing" in str(told[0].message)
     assert torch.cuda.current_stream(device) == present
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
+def test_what_a_gpu_takes_is_what_is_told() -> None:
+    """Also where the CPU looks late, and where it was late to queue a step."""
+    device = torch.device("cuda", 0)
+    step = make_step(make_stage(1, device), device)
+    for _ in range(4):
+        step(random_batch(0), learning_rate_factor=1.0)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    first = [step(random_batch(0), learning_rate_factor=1.0) for _ in range(3)]
+    torch.cuda.synchronize()
+    worked = time.perf_counter() - began
+    time.sleep(1.0)
+    late = step(random_batch(0), learning_rate_factor=1.0)
+    told = [one.seconds() for one in (*first, late)]
+    assert sum(told[1:3]) < worked < told[3]
+    assert 1.0 <= told[3] < 1.0 + 2 * worked + 0.1
 
 
 @pytest.mark.gpu

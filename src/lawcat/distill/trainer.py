@@ -9,7 +9,6 @@ import random
 import resource
 import signal
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -391,17 +390,13 @@ def train_stage(stage: Stage, context: StageContext, resume_from: TrainingState 
             save_checkpoint(context.checkpoints, state, keep=context.recipe.checkpoint.keep)
         workers.wait()
 
-    started = time.perf_counter()
-
     def report(step: int, batch: Batch, measured: Measured) -> None:
         """Log a step once it is done, or stop the run there."""
-        nonlocal started
         values = measured.tensors()
         if not measured.is_finite():
             raise _not_finite(training_step, stage, step, values, batch)
         losses.append(values["loss"].item())
-        now = time.perf_counter()
-        seconds, started = now - started, now
+        seconds = measured.seconds()
         tokens = batch.input_ids.numel() * workers.count
         row: dict[str, Any] = {
             **_log_row(values),

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,12 +41,14 @@ class Measured:
         shapes: Name and shape of what is in it, one after the other.
         num_losses: How many of those decide whether the step is finite.
         arrived: Waits until the numbers are there.
+        seconds: Returns how long the step took, from the end of the one before it, once it is done.
     """
 
     values: Tensor
     shapes: tuple[tuple[str, torch.Size], ...]
     num_losses: int
     arrived: Callable[[], object] = lambda: None
+    seconds: Callable[[], float] = lambda: 0.0
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the numbers by name, on the CPU, once they are there."""
@@ -124,6 +128,7 @@ class TrainingStep:
             self._optimizer._warned_capturable_if_run_uncaptured = True
         self._summands: dict[int, Tensor] = {}
         self._graphs = StepGraphs(self._step if workers.count == 1 else self._part, device, make_graph)
+        self._ended = _Moment(device)
 
     def __call__(self, batch: Batch, *, learning_rate_factor: float, watches_gates: bool = False) -> Measured:
         """Do a step, or queue it, and return what it measures; parameters stay where that is not finite.
@@ -139,19 +144,19 @@ class TrainingStep:
             measured = self._graphs(batch, watches_gates)
         else:
             measured = self._exchange(self._graphs(self._with_total_weight(batch), watches_gates))
+        values = measured.values
         if not self.is_queued:
             if measured.is_finite():
                 self._optimizer.step()
                 self._optimizer.zero_grad(set_to_none=True)
-            return measured
-        values = measured.values
-        if values.device.type != "cuda":
-            return replace(measured, values=values.clone())
-        copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        copy.copy_(values, non_blocking=True)
-        there = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        there.record()
-        return replace(measured, values=copy, arrived=there.synchronize)
+        elif values.device.type == "cuda":
+            values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            values.copy_(measured.values, non_blocking=True)
+        else:
+            values = values.clone()
+        began, self._ended = self._ended, _Moment(self._workers.device)
+        seconds = partial(self._ended.seconds_since, began)
+        return replace(measured, values=values, arrived=self._ended.wait, seconds=seconds)
 
     @property
     def num_graphs(self) -> int:
@@ -249,3 +254,31 @@ class TrainingStep:
         measured |= gates
         values = torch.cat([t.flatten() for t in measured.values()])
         return Measured(values, tuple((name, t.shape) for name, t in measured.items()), num_losses)
+
+
+class _Moment:
+    """When a device has done all that is queued by now, by its own clock.
+
+    The CPU's would not do: it queues a step while the one before runs, and where that takes it long, as the
+    first of a shape does, the time would count as that of the step before.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self._event.record()
+        self._time = time.perf_counter()
+
+    def wait(self) -> None:
+        """Wait until it has come."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def seconds_since(self, earlier: _Moment) -> float:
+        """Return the seconds from an earlier moment to this one, which is waited for."""
+        if self._event is None or earlier._event is None:
+            return self._time - earlier._time
+        self.wait()
+        milliseconds: float = earlier._event.elapsed_time(self._event)
+        return milliseconds / 1000
