@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -14,13 +15,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny_runs import TinyRun, free_port, in_two_processes, on_one_processor
+from tiny_runs import TinyRun, free_port, in_two_processes, on_one_processor, tiny_recipe
 from tiny_stages import CPU, Repetition, T, make_stage, make_step, parameters_of, random_batch, train
 from torch import Tensor
 
 from comparison import assert_near
+from lawcat.cli.linearize import run_linearize
 from lawcat.distill.sequence import Batch
-from lawcat.distill.trainer import RecoveryStage, Stage, Workers
+from lawcat.distill.trainer import AttentionTransferStage, RecoveryStage, Stage, Workers
 from lawcat.distill.training_step import TrainingStep
 from lawcat.errors import TrainingError
 
@@ -261,6 +263,30 @@ def test_a_run_ends_in_every_process(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
     in_two_processes(work, free_port())
     assert (tmp_path / "poisoned in one.training" / "checkpoints" / "stage2-step-00000002").is_dir()
+
+
+def test_the_command_ends_the_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """But not after an error, where one of two may wait in an exchange and the other for its end."""
+    on_one_processor(monkeypatch, tmp_path / "cache")
+    run, recipe, matrix = TinyRun(tmp_path), tmp_path / "recipe.yaml", tmp_path / "matrix.yaml"
+    settings = tiny_recipe(run.text, attention_transfer__steps=1, recovery__steps=0)
+    recipe.write_text(settings.to_yaml(), encoding="utf-8")
+    matrix.write_text(settings.to_yaml() + "matrix: {plain: {}, per-head: {model.gate: head}}\n", "utf-8")
+
+    def work(rank: int, *, recipe: Path, steps: int = 1, is_ended: bool = True) -> None:
+        out, setting = tmp_path / f"{recipe.stem}-{steps}", f"attention_transfer.steps={steps}"
+        with contextlib.nullcontext() if is_ended else pytest.raises(TrainingError):
+            run_linearize(str(run.teacher), out, str(recipe), [setting], evaluate=True, tensorboard=False)
+        assert torch.distributed.is_initialized() != is_ended
+
+    def fails(self: Any, batch: Any, workers: Any) -> Any:
+        raise TrainingError("this one does")
+
+    for file in (recipe, matrix):
+        in_two_processes(functools.partial(work, recipe=file), free_port())
+    assert (tmp_path / "matrix-1" / "per-head").is_dir()
+    monkeypatch.setattr(AttentionTransferStage, "backward", fails)
+    in_two_processes(functools.partial(work, recipe=recipe, steps=2, is_ended=False), free_port())
 
 
 def steps_on_a_gpu(folder: Path, number: int, rank: int) -> None:

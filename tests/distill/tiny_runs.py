@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 
-from lawcat.distill.linearize import LinearizeResult, linearize
+from lawcat.distill.linearize import LinearizeResult, end_process_group, linearize
 from lawcat.distill.recipe import Recipe
 from tiny_teachers import save_teacher, write_text
 
@@ -103,7 +103,7 @@ def _one_of_two(work: Callable[[int], object], rank: int, port: int) -> None:
     AcceleratorState._reset_state(True)
     PartialState._reset_state()
     work(rank)
-    torch.distributed.destroy_process_group()
+    end_process_group()
 
 
 def free_port() -> int:

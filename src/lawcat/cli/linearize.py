@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from lawcat.cli.display import Display
-from lawcat.distill.linearize import linearize
+from lawcat.distill.linearize import end_process_group, linearize
 from lawcat.distill.recipe import Recipe
 from lawcat.errors import ConfigurationError
 
@@ -39,6 +39,7 @@ def run_linearize(
         result = linearize(
             teacher, out, settings, progress=display.update, message=display.message, tensorboard=tensorboard
         )
+        end_process_group()
         if int(os.environ.get("RANK", "0")):
             return  # one of several processes that train together: the first one tells
         if result.is_reused:

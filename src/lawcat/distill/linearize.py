@@ -113,7 +113,8 @@ def linearize(
         overrides: Recipe fields to change, as ``recovery={"steps": 10}`` or ``**{"recovery.steps": 10}``.
 
     Returns:
-        Where the student is.
+        Where the student is. Several processes go on as a group, for a further run; after the last one,
+        ``lawcat.distill.linearize.end_process_group()`` ends it.
 
     Raises:
         BusyError: where another process trains into the same directory.
@@ -373,6 +374,17 @@ def _mixture(run: _Run) -> Mixture:
     if run.workers.is_main:
         run.workers.wait()
     return mixture
+
+
+def end_process_group() -> None:
+    """End the group of processes that train together, when they have trained all they will.
+
+    Each of them calls it, once and where the others do, too: it waits for them. So none does after an error,
+    which another may not have had, but in an exchange that waits for this one; there whoever started them
+    ends them. In a process whose group has ended no further run can train with others.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _start_workers() -> Workers:

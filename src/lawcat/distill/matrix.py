@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from lawcat.convert.teacher import resolve_teacher
 from lawcat.distill.assessment import EVALUATION_FOLDER, assess, measured, stored_results
-from lawcat.distill.linearize import RUN_NAME, check_config, linearize
+from lawcat.distill.linearize import RUN_NAME, check_config, end_process_group, linearize
 from lawcat.distill.recipe import Matrix, Recipe, Variant, dotted_keys
 from lawcat.distill.text import Progress
 from lawcat.errors import BusyError, ConfigurationError, LawcatError
@@ -109,7 +109,7 @@ def linearize_matrix(
 
     What is finished is not done again; what was interrupted goes on. A variant that another process trains at
     the moment is passed over. One that fails is told, and the others go on; only where several processes
-    train one student together does an error end them all.
+    train one student together does an error end them all. Their group ends with the training.
 
     Args:
         teacher: As in `lawcat.linearize`.
@@ -163,6 +163,7 @@ def linearize_matrix(
         free_memory()
         if is_main:
             _summarize(directory, settings, source.fingerprint, done)
+    end_process_group()  # one of them measures, and the others would wait for it at their end
     if is_main and evaluate and (settings.evaluation.tasks or settings.evaluation.perplexity_tokens):
         shared = directory / EVALUATION_FOLDER
         for run in asked:
