@@ -4,7 +4,7 @@
 `--tiny` takes a tiny random teacher, and `--cpu` needs no GPU. Losses of first and last steps stand side by
 side; those of the first step differ by rounding alone, later ones by what rounding has led to (`--set
 precision=float32` makes that little). `--eager` adds runs without CUDA graphs. Tokens a second are the median
-of steps of a size, but for the first few.
+of steps of a kind, but for the first few, which `--steps` has to allow for; nothing else may run meanwhile.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from lawcat.distill.step_graph import ENVIRONMENT_VARIABLE, STEPS_BEFORE_CAPTURE
 from lawcat.distill.training_log import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
-_FIRST_STEPS = STEPS_BEFORE_CAPTURE + 2
+# Twice those of one graph: steps that watch the gates have their own.
+_FIRST_STEPS = 2 * (STEPS_BEFORE_CAPTURE + 1)
+_FEWEST_STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -49,17 +51,21 @@ class Run:
         """Return the rows of a stage."""
         return [row for row in self.rows if row["stage"] == number]
 
-    def tokens_per_second(self, number: int) -> dict[int, float]:
-        """Return the median speed of a stage's steps by how many tokens they have.
+    def tokens_per_second(self, number: int) -> dict[str, float]:
+        """Return the median speed of a stage's steps by how many tokens they have, and whether some of those
+        are only read for the state that they leave.
 
-        The first steps of each size are left out, in which kernels are compiled and graphs captured, unless
-        there are no others.
+        The first steps of each kind are left out, in which kernels are compiled and graphs captured, and
+        kinds of which hardly any others are left.
         """
-        by_size: dict[int, list[float]] = {}
+        by_kind: dict[tuple[int, bool], list[float]] = {}
         for row in self.stage(number):
-            by_size.setdefault(row["tokens"], []).append(row["tokens_per_s"])
+            is_carried = number == 2 and "cross_entropy" not in row
+            by_kind.setdefault((row["tokens"], is_carried), []).append(row["tokens_per_s"])
         return {
-            size: median(speeds[_FIRST_STEPS:] or speeds[-1:]) for size, speeds in sorted(by_size.items())
+            f"{size:,} a step" + (", state carried" if is_carried else ""): median(speeds[_FIRST_STEPS:])
+            for (size, is_carried), speeds in sorted(by_kind.items())
+            if len(speeds) >= _FIRST_STEPS + _FEWEST_STEPS
         }
 
 
@@ -133,9 +139,9 @@ def show(runs: dict[str, Run], shown_steps: int) -> dict[str, Any]:
         steps_shown = sorted({*steps[:shown_steps], *steps[-shown_steps:]})
         rows = [("", list(runs))]
         rows += [(f"loss, step {i + 1}", [f"{losses[name][i]:.6f}" for name in runs]) for i in steps_shown]
-        for size, speed in speeds[first].items():
-            cells = [f"{ours[size]:,.0f} ({ours[size] / speed:.2f}x)" for ours in speeds.values()]
-            rows.append((f"tokens/s, {size:,} a step", cells))
+        for kind, speed in speeds[first].items():
+            cells = [f"{ours[kind]:,.0f} ({ours[kind] / speed:.2f}x)" for ours in speeds.values()]
+            rows.append((f"tokens/s, {kind}", cells))
         print(table(f"\nstage {number}", rows), flush=True)
     print()
     for name, difference in found["differences"].items():

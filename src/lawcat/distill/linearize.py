@@ -379,9 +379,9 @@ def _mixture(run: _Run) -> Mixture:
 def end_process_group() -> None:
     """End the group of processes that train together, when they have trained all they will.
 
-    Each of them calls it, once and where the others do, too: it waits for them. So none does after an error,
-    which another may not have had, but in an exchange that waits for this one; there whoever started them
-    ends them. In a process whose group has ended no further run can train with others.
+    Each of them calls it, where the others do, too: it waits for them. So none does after an error, when
+    another may be in an exchange that waits for this one; whoever started them ends them then. A process
+    whose group has ended trains with no others again.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
