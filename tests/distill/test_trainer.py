@@ -285,7 +285,7 @@ def test_the_share_of_answers_that_are_right(stage_class: Any, length: int) -> N
     stage = stage_class(RecoveryModel(student, settings), stage_settings, *further)
     workers: Any = SimpleNamespace(sum=lambda tensor: tensor, count=1)
     ids, weight = random_ids(2, 24), torch.rand(2, 24, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad(), student.teacher_mode() if stage.number == 0 else contextlib.nullcontext():
+    with torch.no_grad(), student.teacher_mode() if stage.uses_softmax else contextlib.nullcontext():
         likeliest = student(ids).logits.argmax(-1)
     # What a model says of random tokens is hardly ever right: the last but one token is, in one sequence.
     is_answer = torch.zeros(2, 24, dtype=torch.bool)

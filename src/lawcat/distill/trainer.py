@@ -47,10 +47,18 @@ _GATE_STATISTICS_EVERY = 10
 
 
 class Stage(Protocol):
-    """One of the stages: what trains, and one step's gradients."""
+    """One of the stages: what trains, and one step's gradients.
+
+    Attributes:
+        number: As logs and checkpoints have it.
+        title: What a reader is told.
+        uses_softmax: Whether it runs the teacher's softmax attention alone, and so no gates.
+        student: What it trains a part of.
+    """
 
     number: int
     title: str
+    uses_softmax: bool
     student: LawcatForCausalLM
 
     @property
@@ -103,7 +111,7 @@ class TeacherTuningStage:
     From here on nothing but them trains, until another stage is made.
     """
 
-    number, title = 0, "teacher tuning"
+    number, title, uses_softmax = 0, "teacher tuning", True
 
     def __init__(self, recovery: RecoveryModel, settings: TeacherTuningSettings) -> None:
         self.student, self.settings = recovery.student, settings
@@ -127,7 +135,7 @@ class TeacherTuningStage:
             batch.kl_factor,
             batch.is_answer,
             total_weight=_total_weight(self, batch),
-            uses_softmax=True,
+            uses_softmax=self.uses_softmax,
         )
         torch.autograd.backward(losses.loss)
         return _measured(losses, batch)
@@ -136,7 +144,7 @@ class TeacherTuningStage:
 class AttentionTransferStage:
     """Stage 1; see ``attention_transfer.py``. LoRA factors that stage 0 has left are part of the teacher."""
 
-    number, title = 1, "attention transfer"
+    number, title, uses_softmax = 1, "attention transfer", False
 
     def __init__(self, student: LawcatForCausalLM, settings: AttentionTransferSettings) -> None:
         self.student, self.settings = student, settings
@@ -177,7 +185,7 @@ class AttentionTransferStage:
 class RecoveryStage:
     """Stage 2; see ``recovery.py``."""
 
-    number, title = 2, "recovery"
+    number, title, uses_softmax = 2, "recovery", False
 
     def __init__(self, recovery: RecoveryModel, settings: RecoverySettings, sequence_length: int) -> None:
         self.student, self.settings = recovery.student, settings
@@ -424,8 +432,8 @@ def train_stage(stage: Stage, context: StageContext, resume_from: TrainingState 
             measured = training_step(
                 batch,
                 learning_rate_factor=learning_rate_factor(step, settings),
-                # Softmax has no gates, and a step that watches them is captured as a graph of its own.
-                watches_gates=is_due and stage.number != TeacherTuningStage.number,
+                # A step that watches gates is captured as a graph of its own.
+                watches_gates=is_due and not stage.uses_softmax,
             )
             queued.append((step, batch, measured))
             # While a GPU does a step, the one before it is looked at and the next is queued.
@@ -478,7 +486,7 @@ def _not_finite(
     The parameters are still those of that step.
     """
     batch = batch.to(next(stage.student.parameters()).device)
-    with stage.student.teacher_mode() if stage.number == 0 else contextlib.nullcontext():
+    with stage.student.teacher_mode() if stage.uses_softmax else contextlib.nullcontext():
         where = _first_layer_not_finite(values, stage.student, batch.input_ids)
     what = f"loss is not finite, first in {where}"
     if where is None:
