@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import lawcat.distill.matrix as matrix_module
 from comparison import assert_near
 from lawcat.distill.linearize import linearize
 from lawcat.distill.matrix import MatrixResult, linearize_matrix, matrix_table, plan
-from lawcat.distill.recipe import Recipe
+from lawcat.distill.recipe import Matrix, Recipe, Variant
 from lawcat.errors import ConfigurationError
 from tiny_teachers import save_teacher
 
@@ -66,6 +67,51 @@ def whole(run: TinyRun) -> MatrixResult:
 
 def states(result: MatrixResult) -> dict[str, str]:
     return {one.name: one.state for one in result.runs}
+
+
+@pytest.mark.parametrize("name", Recipe.shipped())
+def test_a_shipped_recipe_is_read_back_as_it_was(name: str) -> None:
+    recipe = Recipe.load(name)
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    if recipe.matrix is None:
+        return
+    for variant in recipe.matrix.names:
+        own = recipe.variant(variant, seed=7)
+        assert Recipe.from_yaml(own.to_yaml()) == own
+    subset = replace(recipe, matrix=Matrix(recipe.matrix.variants[::2], seeds=(1, 2)))
+    assert Recipe.from_yaml(subset.to_yaml()) == subset
+
+
+def test_a_matrix_with_a_variant_that_is_out_is_read_back(run: TinyRun) -> None:
+    recipe = recipe_of(run, VARIANTS | {"all": {"recovery": {"train": "all"}, "seeds": [2]}})
+    tuned = recipe.with_overrides({"teacher_tuning.steps": 1})
+    assert tuned.matrix is not None
+    assert [variant.is_excluded for variant in tuned.matrix.variants] == [False, False, True]
+    text = tuned.to_yaml()
+    assert text.count("excluded: true") == 1
+    again = Recipe.from_yaml(text)
+    assert again == tuned
+    assert again.fingerprint() == tuned.fingerprint() != recipe.fingerprint()
+    with pytest.raises(ConfigurationError, match=r"^matrix\.all\.teacher_tuning\.steps: got 1"):
+        again.variant("all")
+    assert again.with_overrides({"teacher_tuning.steps": 0}) == recipe
+    with pytest.raises(ConfigurationError, match=r"^matrix\.all\.excluded: got True of one that can be"):
+        Recipe.from_yaml(text.replace("steps: 1\n", "steps: 0\n", 1))
+    with pytest.raises(ConfigurationError, match=r"^matrix\.all\.excluded: got 'yes'; give true or false"):
+        Recipe.from_yaml(text.replace("excluded: true", "excluded: 'yes'"))
+
+
+def test_a_matrix_made_in_python_is_read_back(run: TinyRun) -> None:
+    data = [{"provider": "babilong", "noise_shares": (1.0, 2.0, 3.0), "min_sample_tokens": 16}]
+    variants = Variant("nested", {"model": {"softmax_layers": (0, 1)}}), Variant("data", {"data": data})
+    recipe = replace(recipe_of(run), matrix=Matrix(variants))
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    assert recipe.variant("nested").model.softmax_layers == (0, 1)
+
+
+def test_a_run_s_recipe_is_resolved_once(run: TinyRun, tmp_path: Path) -> None:
+    _, runs = plan(recipe_of(run), tmp_path)
+    assert runs[0].recipe is runs[0].recipe
 
 
 def test_every_variant_is_the_student_that_its_recipe_alone_gives(run: TinyRun, whole: MatrixResult) -> None:

@@ -14,6 +14,7 @@ import statistics
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,7 +65,7 @@ class MatrixRun:
         """The name of its directory, which is what tables and results call it."""
         return self.path.name
 
-    @property
+    @cached_property
     def recipe(self) -> Recipe:
         """Its own recipe, all overrides applied.
 

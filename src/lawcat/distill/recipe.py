@@ -184,8 +184,10 @@ def _write_value(value: Any) -> Any:
         return value.to_dict()
     if dataclasses.is_dataclass(value):
         return _write(value)
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return [_write_value(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _write_value(item) for key, item in value.items()}
     return value
 
 
@@ -850,7 +852,7 @@ class Variant:
 
     Args:
         name: Name of its folder.
-        overrides: What it changes in the recipe, by dotted key.
+        overrides: What it changes in the recipe, by dotted key or nested; kept by dotted key, as YAML has it.
         seeds: Seeds to train it with; empty for those of the matrix.
         is_excluded: Whether fields that were set for all variants cannot be combined with it. It keeps its
             place in the matrix, and `Recipe.variant` refuses it.
@@ -861,13 +863,18 @@ class Variant:
     seeds: tuple[int, ...] = ()
     is_excluded: bool = False
 
+    def __post_init__(self) -> None:
+        flat = {str(key): _write_value(value) for key, value in dotted_keys(self.overrides).items()}
+        object.__setattr__(self, "overrides", flat)
+
 
 @dataclass(frozen=True)
 class Matrix:
     """Variants of one recipe, to be trained beside each other and measured on the same samples.
 
     In YAML a mapping: each key is a variant, its value a mapping of overrides, by dotted key or nested. The
-    key `seeds`, of the matrix or of a variant, is a list of seeds.
+    key `seeds`, of the matrix or of a variant, is a list of seeds. `excluded: true` is written of a variant
+    that cannot be combined with fields set since, so that what is written can be read.
 
     Args:
         variants: At least one.
@@ -899,8 +906,11 @@ class Matrix:
         """Return the matrix as the mapping that it is read from."""
         values: dict[str, Any] = {"seeds": list(self.seeds)} if self.seeds else {}
         for variant in self.variants:
-            own = {key: _write_value(value) for key, value in variant.overrides.items()}
-            values[variant.name] = own | ({"seeds": list(variant.seeds)} if variant.seeds else {})
+            values[variant.name] = {
+                **variant.overrides,
+                **({"seeds": list(variant.seeds)} if variant.seeds else {}),
+                **({"excluded": True} if variant.is_excluded else {}),
+            }
         return values
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> Matrix:
@@ -954,11 +964,12 @@ def _read_variant(name: Any, overrides: Any, key: str) -> Variant:
         raise _fail(place, overrides, "give a mapping of overrides, as in {model.use_conv: false}, or {}.")
     flat = dotted_keys(overrides)
     seeds = _read_seeds(flat.pop("seeds"), f"{place}.seeds") if "seeds" in flat else ()
+    is_excluded = _read(flat.pop("excluded", False), bool, f"{place}.excluded")
     for field in flat:
         top = str(field).partition(".")[0]
         if top in _NOT_OF_A_VARIANT:
             raise _FieldError(f"{place}.{field}", f"{_NOT_OF_A_VARIANT[top]}.")
-    return Variant(name, {str(field): value for field, value in flat.items()}, seeds)
+    return Variant(name, flat, seeds, is_excluded)
 
 
 def _read_seeds(value: Any, key: str) -> tuple[int, ...]:
@@ -1062,12 +1073,13 @@ class Recipe(_Settings):
                     "is missing; without a source of provider text, needles need prose of their own.",
                 )
         for variant in self.matrix.variants if self.matrix is not None else ():
-            if variant.is_excluded:
-                continue
-            try:
-                self._resolved(variant)
-            except _FieldError as error:
-                raise error.under(f"matrix.{variant.name}") from None
+            problem = self._problem_of(variant)
+            if problem is not None and not variant.is_excluded:
+                raise problem.under(f"matrix.{variant.name}")
+            if problem is None and variant.is_excluded:
+                raise _FieldError(
+                    f"matrix.{variant.name}.excluded", "got True of one that can be combined; leave it out."
+                )
 
     def variant(self, name: str, seed: int | None = None) -> Recipe:
         """Return the recipe of one variant of the matrix.
@@ -1104,12 +1116,12 @@ class Recipe(_Settings):
         values["name"] = f"{self.name}/{variant.name}"
         return _overridden(values, variant.overrides)
 
-    def _tried(self, variant: Variant) -> Variant:
+    def _problem_of(self, variant: Variant) -> _FieldError | None:
         try:
             self._resolved(variant)
-        except _FieldError:
-            return dataclasses.replace(variant, is_excluded=True)
-        return dataclasses.replace(variant, is_excluded=False)
+        except _FieldError as error:
+            return error
+        return None
 
     def prose_sources(self, task: DataSource) -> tuple[DataSource, ...]:
         """Return what names the prose of a task's source: itself if it has a path, else the text sources."""
@@ -1251,7 +1263,10 @@ class Recipe(_Settings):
             recipe = _overridden(values, overrides)
             if self.matrix is not None:
                 matrix = self.matrix.with_overrides(overrides)
-                variants = tuple(recipe._tried(variant) for variant in matrix.variants)
+                variants = tuple(
+                    dataclasses.replace(variant, is_excluded=recipe._problem_of(variant) is not None)
+                    for variant in matrix.variants
+                )
                 recipe = dataclasses.replace(recipe, matrix=dataclasses.replace(matrix, variants=variants))
         except _FieldError as error:
             raise ConfigurationError(str(error)) from None
