@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -33,6 +34,7 @@ from lawcat.convert.teacher import load_teacher
 from lawcat.distill.checkpoint import list_checkpoints
 from lawcat.distill.linearize import linearize
 from lawcat.distill.recipe import Recipe
+from lawcat.distill.trainer import ANSWER_ACCURACY
 from lawcat.distill.training_log import read_log
 from lawcat.errors import (
     BusyError,
@@ -148,6 +150,9 @@ def test_the_log_has_each_step_once_with_what_was_measured(whole: Path) -> None:
             assert row["tokens"] == 32
         else:
             assert row["tokens"] in (64, 96, 128)
+    explained = (Path(__file__).parents[2] / "docs" / "method.md").read_text(encoding="utf-8")
+    for name in {*itertools.chain(*rows), ANSWER_ACCURACY}:
+        assert f"`{name}`" in explained.partition("## What a step logs")[2], name
     assert {"kl" in row for row in rows if row["stage"] == 2} == {True, False}
     measured = [row for row in rows if "gate_median_half_life_tokens" in row]
     assert [(row["stage"], row["step"]) for row in measured] == [(1, 1), (1, 6), (2, 1), (2, 6)]

@@ -100,7 +100,11 @@ def linearize(
         typer.Option(help="Train with each of these seeds, into OUT/<variant>-seed1 ...: 0,1,2."),
     ] = None,
 ) -> None:
-    """Convert TEACHER and distil it; of a matrix every variant. Ctrl-C saves; the same command goes on."""
+    """Convert TEACHER and distil it; of a matrix every variant. Ctrl-C saves; the same command goes on.
+
+    "answers right" is the share of task answers' tokens that the model would choose, each after the true ones
+    before it. What a step's line of OUT/training_log.jsonl holds is in docs/method.md.
+    """
     from lawcat.cli.linearize import run_linearize
 
     run_linearize(teacher, out, recipe, set_ or [], evaluate, tensorboard, variant, seeds)
