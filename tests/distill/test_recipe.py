@@ -215,7 +215,8 @@ def tokens_of(recipe: Recipe) -> tuple[float, float]:
     assert recovery.carried_segments == 15
     assert recovery.carried_sequences
     sequences = recovery.steps * ((1 - share) * recovery.batch_sequences + share * recovery.carried_sequences)
-    sequences += recipe.attention_transfer.steps * recipe.attention_transfer.batch_sequences
+    for stage in (recipe.teacher_tuning, recipe.attention_transfer):
+        sequences += stage.steps * stage.batch_sequences
     before = recovery.steps * share * recovery.carried_sequences * (1 + 3 + 7 + 15) / 4
     return sequences * recipe.sequence_length, before * recipe.sequence_length
 
@@ -255,11 +256,19 @@ def test_the_hybrid_is_the_long_context_recipe_with_softmax_layers() -> None:
     )
 
 
+STORIES = {"tasks": ("qa1", "qa2", "qa2", "qa3", "qa3"), "noise_shares": (2.0, 2.0, 4.0)}
+
+
 def test_the_search_changes_little_at_a_time() -> None:
     search, plain = Recipe.load("search-longcontext"), Recipe.load("smollm2-135m-longcontext")
-    assert search.data == plain.data
     assert search.matrix is not None
     base = search.variant("base")
+    # What the long-context recipe became.
+    tuned = search.variant("lookups-tuned-teacher")
+    *others, stories = tuned.data
+    assert (*others, dataclasses.replace(stories, **STORIES)) == plain.data
+    assert tuned.attention_transfer.answer_weight == plain.attention_transfer.answer_weight
+    assert tuned.teacher_tuning.steps == plain.teacher_tuning.steps
     assert base.recovery.lora_targets == plain.recovery.lora_targets
     for name in search.matrix.names[1:]:
         found = search.variant(name)
