@@ -40,7 +40,7 @@ class Record:
         median_s: Median of the repetitions; None where there is no figure.
         quartiles_s: Their first and third quartile.
         repetitions: How many.
-        first_call_s: The first call of all, compilation included.
+        first_call_s: The first timed call. It compiles what the check before it did not, graphs too.
         tokens_per_s: Tokens read (decoding: made) a second, over the batch.
         peak_memory_bytes: The most memory in use during a call, above what was held before it.
         error: Relative error against the definition in float64 at a small length, by which the contender was

@@ -221,7 +221,7 @@ def _table(group: list[Record]) -> list[str]:
         "",
         "Milliseconds: median [quartiles]." + (" Replays of CUDA graphs." if graphs else ""),
         "",
-        "| length | contender | ms | tokens/s | peak memory | first call, s | error | backend |",
+        "| length | contender | ms | tokens/s | peak memory | first timed call, s | error | backend |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for tokens in sorted({record.tokens for record in group}):

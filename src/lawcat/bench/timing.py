@@ -31,7 +31,7 @@ class Timing:
 
     Attributes:
         seconds: Each repetition, in the order they ran.
-        first_call_s: The first call of all, compilation included.
+        first_call_s: The first timed call. It compiles what the check before it did not, graphs too.
         peak_memory_bytes: The most memory in use during a call, above what was held before; None where it
             cannot be known.
         uses_cuda_graph: Whether the repetitions replayed a CUDA graph.
