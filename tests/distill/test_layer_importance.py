@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from comparison import assert_near
 from lawcat import LawcatForCausalLM
 from lawcat.cli.app import app
 from lawcat.convert.initialize import convert, is_new_parameter
-from lawcat.distill.layer_importance import check_rankable, rank_layers
+from lawcat.distill.layer_importance import answer_data, check_rankable, rank_layers
 from lawcat.distill.linearize import linearize
 from lawcat.distill.losses import hidden_divergence
-from lawcat.errors import ConfigurationError
-from tiny_teachers import random_ids, save_teacher, tiny_teacher, write_text
+from lawcat.distill.mixture import build_mixture
+from lawcat.distill.recipe import Recipe
+from lawcat.errors import ConfigurationError, DataError
+from tiny_teachers import random_ids, save_teacher, spelling_tokenizer, tiny_teacher, write_text
 
 LAYERS = 5
 IDS = random_ids(3, 17)
@@ -44,11 +46,16 @@ def student_of(softmax_layers: tuple[int, ...] = (), **fields: Any) -> LawcatFor
 
 
 def divergence(softmax_layers: tuple[int, ...]) -> Tensor:
-    """Return that of each sequence, from whole logits of a model converted so."""
+    """Return that of each sequence."""
+    return token_divergence(softmax_layers).mean(-1)
+
+
+def token_divergence(softmax_layers: tuple[int, ...]) -> Tensor:
+    """Return that of each token, from whole logits of a model converted so."""
     with torch.no_grad():
         student = student_of(softmax_layers).double()(IDS).logits.log_softmax(-1)
         teacher = tiny_teacher(num_hidden_layers=LAYERS).double()(IDS).logits.log_softmax(-1)
-    return (teacher.exp() * (teacher - student)).sum(-1).mean(-1)
+    return (teacher.exp() * (teacher - student)).sum(-1)
 
 
 @pytest.mark.parametrize("batch_sequences", [1, 2, 8])
@@ -116,6 +123,33 @@ def _stop(*arguments: Any) -> None:
     raise RuntimeError("stop")
 
 
+def test_only_tokens_of_weight_count() -> None:
+    """Those of answers; and what is predicted at t is token t + 1."""
+    weight = torch.zeros(IDS.shape)
+    weight[0, 3], weight[1, 5:7], weight[2, 16] = 2.0, torch.tensor([1.0, 3.0]), 0.5
+    weight[:, 0] = 7.0  # which nothing predicts
+    ranking = rank_layers(student_of(), IDS, weight=weight, num_softmax_layers=2, batch_sequences=2)
+
+    def at_answers(softmax_layers: tuple[int, ...]) -> Tensor:
+        by_token = token_divergence(softmax_layers)
+        return torch.stack([by_token[0, 2], (by_token[1, 4] + 3 * by_token[1, 5]) / 4, by_token[2, 15]])
+
+    assert ranking.num_weighed == 4
+    assert ranking.divergence == pytest.approx(at_answers(()).mean().item(), rel=1e-4)
+    for row in ranking.layers:
+        others = tuple(layer for layer in range(LAYERS) if layer != row.layer)
+        assert row.linearized == pytest.approx(at_answers(others).mean().item(), rel=1e-4)
+        assert row.restored == pytest.approx(at_answers((row.layer,)).mean().item(), rel=1e-4)
+    kept = tuple(chosen.layer for chosen in ranking.chosen)
+    assert ranking.chosen[-1].divergence == pytest.approx(at_answers(kept).mean().item(), rel=1e-4)
+    assert "nats a token, at 4 tokens of answers in 3 x 17 tokens; " in ranking.table()
+    plain = rank_layers(student_of(), IDS, num_softmax_layers=2)
+    assert [row.layer for row in ranking.layers] != [row.layer for row in plain.layers]
+    weight[1, 1:] = 0.0
+    with pytest.raises(ConfigurationError, match=r"^A sequence has no token of weight: give each at least"):
+        rank_layers(student_of(), IDS, weight=weight)
+
+
 def test_softmax_in_some_layers_and_in_none() -> None:
     student = student_of()
     with torch.no_grad():
@@ -142,14 +176,10 @@ def test_a_single_sequence_has_no_error() -> None:
 
 def test_the_table() -> None:
     ranking = rank_layers(student_of(), IDS, num_softmax_layers=2)
-    first = dataclasses.replace(
-        ranking.layers[0], layer=7, linearized=0.25, restored=1.5, gain=0.0625, gain_error=0.5
-    )
-    ranking = dataclasses.replace(ranking, divergence=1.0, layers=(first,), num_sequences=16, num_tokens=1024)
-    chosen = tuple(
-        dataclasses.replace(c, layer=i, divergence=0.5) for i, c in zip((9, 3), ranking.chosen, strict=True)
-    )
-    assert dataclasses.replace(ranking, chosen=chosen).table().splitlines() == [
+    first = replace(ranking.layers[0], layer=7, linearized=0.25, restored=1.5, gain=0.0625, gain_error=0.5)
+    ranking = replace(ranking, divergence=1.0, layers=(first,), num_sequences=16, num_tokens=1024)
+    chosen = tuple(replace(c, layer=i, divergence=0.5) for i, c in zip((9, 3), ranking.chosen, strict=True))
+    assert replace(ranking, chosen=chosen).table().splitlines() == [
         "divergence from the teacher's next tokens, nats a token, over 16 x 1024 tokens; 1.0000 as the "
         "student is",
         "",
@@ -179,6 +209,50 @@ def test_divergence_in_pieces(tokens: int) -> None:
     assert torch.equal(hidden_divergence(mine[None], theirs[None], head), found[None])
 
 
+TASKS = {
+    "name": "tasks",
+    "seed": 4,
+    "data": [
+        {"provider": "text", "path": "none.txt"},
+        {"provider": "passkey", "min_sample_tokens": 600},
+        {"provider": "needle", "min_sample_tokens": 600, "value_kinds": ["words"], "answer_weight": 3.0},
+    ],
+}
+
+
+def test_samples_of_a_recipe_s_tasks(tmp_path: Path) -> None:
+    tokenizer, prose = spelling_tokenizer(), write_text(tmp_path / "prose.txt")
+    recipe, sizes = Recipe.from_dict(TASKS), {"num_sequences": 6, "num_tokens": 900}
+    data = answer_data(recipe, tokenizer, prose=[str(prose)], **sizes)
+    assert data.input_ids.shape == data.weight.shape == (6, 900)
+    assert data.record["has_task_data"]
+    assert [source["name"] for source in data.record["sources"]] == ["passkey", "needle"]
+    for ids, weight in zip(data.input_ids, data.weight, strict=True):
+        is_passkey = weight.max() == 8
+        assert set(weight.tolist()) == ({0.0, 8.0} if is_passkey else {0.0, 3.0})
+        text = tokenizer.decode(ids)
+        answer = tokenizer.decode(ids[weight > 0]).replace(tokenizer.eos_token, "").strip(" .")
+        assert answer
+        assert text.count(answer) > 1, answer
+        assert is_passkey or "w3" in text
+    assert {weight.max().item() for weight in data.weight} == {3.0, 8.0}
+    for other in (
+        answer_data(recipe, tokenizer, prose=[str(prose)], seed=1, **sizes),
+        answer_data(replace(recipe, seed=5), tokenizer, prose=[str(prose)], **sizes),
+        build_mixture(
+            recipe.with_overrides({"data.0.path": str(prose), "sequence_length": 900}), tokenizer
+        ).batch(0, 24),
+    ):
+        for ids in data.input_ids:
+            assert not (other.input_ids == ids).all(-1).any()
+    with pytest.raises(DataError, match=r"There is no file none\.txt"):
+        answer_data(recipe, tokenizer, **sizes)
+    with pytest.raises(ConfigurationError, match=r"recipe 'text only' has no task data.*or rank by text"):
+        answer_data(Recipe.from_dict({"name": "text only"}), tokenizer, **sizes)
+    with pytest.raises(ConfigurationError, match=r"min_sample_tokens: got 600; it must be at most"):
+        answer_data(recipe, tokenizer, num_sequences=1, num_tokens=500)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, module_patch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path_factory.mktemp("ranked")
@@ -188,6 +262,9 @@ def place(tmp_path_factory: pytest.TempPathFactory, module_patch: pytest.MonkeyP
     for name, steps in (("stage 1", 0), ("stage 2", 1)):
         recipe = tiny_recipe(folder / "text.txt", recovery__steps=steps, attention_transfer__steps=2)
         linearize(str(folder / "teacher"), folder / name, recipe)
+    save_teacher(folder / "speller", spells=True, tie_word_embeddings=True, num_hidden_layers=3)
+    recipe = tiny_recipe(folder / "text.txt", recovery__steps=0, attention_transfer__steps=1)
+    linearize(str(folder / "speller"), folder / "spells", recipe)
     return folder
 
 
@@ -217,6 +294,24 @@ def test_the_command(place: Path) -> None:
         "over 3 x 600 tokens"
         in run(place / "stage 1", "--text", place / "text.txt", "--length", 600, "--choose", 0).stdout
     )
+
+
+def test_the_command_ranks_by_answers(place: Path) -> None:
+    recipe, output = place / "tasks.yaml", place / "by answers.json"
+    recipe.write_text(Recipe.from_dict(TASKS).to_yaml(), encoding="utf-8")
+    options = ["--windows", 3, "--length", 900, "--choose", 1, "--output", output]
+    result = run(place / "spells", "--data", recipe, "--text", place / "text.txt", *options)
+    assert result.exit_code == 0, result.stderr
+    record = json.loads(output.read_text())
+    assert record["recipe"] == "tasks"
+    assert [source["provider"] for source in record["data"]["sources"]] == ["passkey", "needle"]
+    assert "text" not in record
+    assert f"at {record['num_weighed']} tokens of answers in 3 x 900 tokens" in result.stdout
+    assert 3 < record["num_weighed"] < 200
+    assert "There is no file none.txt" in run(place / "spells", "--data", recipe, *options).stderr
+    neither = run(place / "spells")
+    assert neither.exit_code == 2
+    assert "Nothing to read: give --text, or --data with a recipe to rank by answers." in neither.stderr
 
 
 @pytest.mark.parametrize(

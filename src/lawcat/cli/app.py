@@ -117,11 +117,19 @@ def rank_layers(
         str, typer.Argument(help="Student or adapter after stage 1: linearize --set recovery.steps=0.")
     ],
     text: Annotated[
-        list[str], typer.Option(help="Held-out text: a file or glob of .txt, .md, .jsonl. Repeatable.")
-    ],
+        list[str] | None,
+        typer.Option(help="Held-out text: a file or glob of .txt, .md, .jsonl. Repeatable."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Rank by answers alone: a recipe, of whose task data samples are made, hidden in --text if "
+            "given."
+        ),
+    ] = None,
     choose: Annotated[int, typer.Option(min=0, help="How many layers to keep as softmax.")] = 4,
     windows: Annotated[
-        int | None, typer.Option(min=1, help="Pieces of text to read; 16 on a GPU and 4 on a CPU else.")
+        int | None, typer.Option(min=1, help="Pieces to read; 16 on a GPU and 4 on a CPU else.")
     ] = None,
     length: Annotated[
         int | None, typer.Option(min=2, help="Tokens of each; 1024 on a GPU and 512 on a CPU else.")
@@ -132,10 +140,14 @@ def rank_layers(
     dtype: Dtype = "auto",
     base: Base = None,
 ) -> None:
-    """Measure what each layer's linear attention costs, and choose those to keep as softmax in a hybrid."""
+    """Measure what each layer's linear attention costs, and choose those to keep as softmax in a hybrid.
+
+    By --text alone all tokens count, by --data the answers: layers that look things up are others than those
+    that prose wants.
+    """
     from lawcat.cli.rank_layers import run_rank_layers
 
-    run_rank_layers(student, text, choose, windows, length, seed, output, device, dtype, base)
+    run_rank_layers(student, text or [], data, choose, windows, length, seed, output, device, dtype, base)
 
 
 @app.command(name="eval")

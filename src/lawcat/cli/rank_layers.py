@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,7 +12,8 @@ from lawcat import __version__
 from lawcat.cli.display import Display
 from lawcat.cli.evaluate import parse_dtype
 from lawcat.convert.load import check_device, load_model
-from lawcat.distill.layer_importance import check_rankable, rank_layers
+from lawcat.distill.layer_importance import answer_data, check_rankable, rank_layers
+from lawcat.distill.recipe import Recipe
 from lawcat.distill.sources import WindowSource
 from lawcat.distill.text import find_files, tokenize_files
 from lawcat.errors import ConfigurationError
@@ -23,6 +25,7 @@ from lawcat.versions import versions
 def run_rank_layers(
     student: str,
     text: list[str],
+    data: str | None,
     choose: int,
     windows: int | None,
     length: int | None,
@@ -36,7 +39,10 @@ def run_rank_layers(
     place, kind = check_device(device), parse_dtype(dtype)
     on_cpu = place.type == "cpu"
     windows, length = windows or (4 if on_cpu else 16), length or (512 if on_cpu else 1024)
-    files = find_files(text)
+    if not text and data is None:
+        raise ConfigurationError("Nothing to read: give --text, or --data with a recipe to rank by answers.")
+    files = find_files(text) if text else []
+    recipe = None if data is None else Recipe.load(data)
     check_rankable(student)
     with Display() as display:
         loaded = load_model(student, dtype=kind, device=place, base=base, progress=display.message)
@@ -44,13 +50,30 @@ def run_rank_layers(
             raise ConfigurationError(
                 f"{student} is a {loaded.kind}; give a student that stage 1 has trained."
             )
-        tokenized = tokenize_files(files, loaded.tokenizer, progress=display.update)
-        source = WindowSource("text", [file.tokens for file in tokenized], length, seed, {})
-        count = min(windows, source.num_windows)
-        rows = [torch.from_numpy(source.sequence(i).input_ids) for i in range(count)]
+        read: dict[str, Any]
+        weight = None
+        if recipe is None:
+            tokenized = tokenize_files(files, loaded.tokenizer, progress=display.update)
+            source = WindowSource("text", [file.tokens for file in tokenized], length, seed, {})
+            count = min(windows, source.num_windows)
+            input_ids = torch.stack([torch.from_numpy(source.sequence(i).input_ids) for i in range(count)])
+            read = {"text": [{"name": file.path.name, "sha256": file.sha256} for file in tokenized]}
+        else:
+            answers = answer_data(
+                recipe,
+                loaded.tokenizer,
+                num_sequences=windows,
+                num_tokens=length,
+                seed=seed,
+                prose=text,
+                progress=display.update,
+            )
+            input_ids, weight = answers.input_ids, answers.weight
+            read = {"recipe": recipe.name, "data": answers.record}
         ranking = rank_layers(
             loaded.model,
-            torch.stack(rows),
+            input_ids,
+            weight=weight,
             num_softmax_layers=choose,
             batch_sequences=1 if on_cpu else 4,
             progress=display.update,
@@ -61,7 +84,7 @@ def run_rank_layers(
             "schema": 1,
             "lawcat": __version__,
             "student": loaded.name,
-            "text": [{"name": file.path.name, "sha256": file.sha256} for file in tokenized],
+            **read,
             "seed": seed,
             "device": str(place),
             "dtype": str(loaded.model.dtype).removeprefix("torch."),

@@ -2,7 +2,8 @@
 
 Of a student after stage 1 the teacher is still inside, since only the new parameters have trained. So any set
 of its layers can be switched to the teacher's softmax attention, and the cost of the rest measured as the
-divergence of next-token distributions from the teacher's.
+divergence of next-token distributions from the teacher's: of all tokens of a text, or of those alone that
+answer questions on it. The two need not agree, since few tokens of a text look anything up.
 """
 
 from __future__ import annotations
@@ -10,19 +11,26 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lawcat.convert.adapter import Adapter, is_adapter
 from lawcat.distill.losses import hidden_divergence
+from lawcat.distill.mixture import build_mixture
+from lawcat.distill.recipe import DataSource, Recipe, RecoverySettings
+from lawcat.distill.sources import seed_of
 from lawcat.distill.text import Progress
 from lawcat.errors import ConfigurationError
 from lawcat.model.configuration_lawcat import LINEAR
 from lawcat.model.modeling_lawcat import LawcatForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,7 @@ class LayerRanking:
         chosen: Layers to keep as softmax, the first chosen first.
         num_sequences: How many sequences were read.
         num_tokens: Tokens of each.
+        num_weighed: Of all these tokens, how many are weighed; ``None`` for all of them.
     """
 
     divergence: float
@@ -69,6 +78,7 @@ class LayerRanking:
     chosen: tuple[ChosenLayer, ...]
     num_sequences: int
     num_tokens: int
+    num_weighed: int | None = None
 
     @property
     def softmax_layers(self) -> list[int]:
@@ -85,8 +95,9 @@ class LayerRanking:
 
     def table(self) -> str:
         """Return what a reader wants to see, as aligned text."""
+        which = "over" if self.num_weighed is None else f"at {self.num_weighed} tokens of answers in"
         lines = [
-            "divergence from the teacher's next tokens, nats a token, over "
+            f"divergence from the teacher's next tokens, nats a token, {which} "
             f"{self.num_sequences} x {self.num_tokens} tokens; {self.divergence:.4f} as the student is",
             "",
             "layer   alone linear   alone softmax             gain",
@@ -107,6 +118,7 @@ def rank_layers(
     student: LawcatForCausalLM,
     input_ids: Tensor,
     *,
+    weight: Tensor | None = None,
     num_softmax_layers: int = 4,
     batch_sequences: int = 1,
     progress: Progress | None = None,
@@ -120,6 +132,8 @@ def rank_layers(
     Args:
         student: After stage 1 and not after stage 2: its projections must still be the teacher's.
         input_ids: Held-out text [N, T].
+        weight: What the prediction of each token counts beside the others of its sequence [N, T], 0 or more,
+            as ``answer_data`` returns it; ``None`` for all alike.
         num_softmax_layers: How many layers to choose, less than the student has linear ones; 0 for none.
         batch_sequences: Sequences read at once.
         progress: Called after each set of layers.
@@ -128,8 +142,8 @@ def rank_layers(
         The ranking.
 
     Raises:
-        ConfigurationError: if there is no linear layer, or fewer than are to be chosen, or one would be left
-            over.
+        ConfigurationError: if there are fewer linear layers than are to be chosen, or none would be left; or
+            if a sequence has no token of weight.
 
     Source: ours; that single layers matter most to hybrids is in many reports.
 
@@ -144,9 +158,13 @@ def rank_layers(
             f"{num_softmax_layers} softmax layers cannot be chosen: the student has {len(linear)} linear "
             "layers, of which at least one has to stay. Choose fewer."
         )
+    if weight is not None and not (weight[:, 1:].sum(-1) > 0).all():
+        raise ConfigurationError("A sequence has no token of weight: give each at least one after the first.")
     rounds = [len(linear) - chosen for chosen in range(1, num_softmax_layers)]
     total = 1 + 2 * len(linear) + sum(rounds)
     batches = torch.split(input_ids, batch_sequences)
+    # The distribution at t is that of token t + 1.
+    weights = torch.ones(input_ids.shape) if weight is None else F.pad(weight[:, 1:], (0, 1))
     device = student.model.embed_tokens.weight.device
     done = 0
 
@@ -159,13 +177,13 @@ def rank_layers(
         nonlocal done
         with torch.no_grad(), student.softmax_in(softmax_layers):
             found = [
-                hidden_divergence(hidden(batch), theirs, student.lm_head.weight).mean(-1)
+                hidden_divergence(hidden(batch), theirs, student.lm_head.weight)
                 for batch, theirs in zip(batches, teacher, strict=True)
             ]
         done += 1
         if progress is not None:
             progress("layers compared", done, total, {})
-        return torch.cat(found).double().cpu()
+        return (torch.cat(found).cpu().double() * weights).sum(-1) / weights.sum(-1)
 
     was_training = student.training
     student.eval()  # dropout would tell layers apart that are the same
@@ -194,7 +212,85 @@ def rank_layers(
         tuple(chosen),
         num_sequences=input_ids.shape[0],
         num_tokens=input_ids.shape[1],
+        num_weighed=None if weight is None else int((weights > 0).sum()),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerData:
+    """Samples of a recipe's tasks, packed as training packs them.
+
+    Attributes:
+        input_ids: Tokens [N, T].
+        weight: What each token counts in stage 2 if it belongs to an answer, else 0 [N, T].
+        record: What a record of the run says of this data.
+    """
+
+    input_ids: Tensor
+    weight: Tensor
+    record: dict[str, Any]
+
+
+def answer_data(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_sequences: int,
+    num_tokens: int,
+    seed: int = 0,
+    prose: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> AnswerData:
+    """Return samples of a recipe's tasks, in its proportions, that training by the recipe has not seen.
+
+    Args:
+        recipe: One with a source of task data: passkey, needle or babilong. Its other sources are left out.
+        tokenizer: The teacher's.
+        num_sequences: N.
+        num_tokens: T.
+        seed: Seed of the samples; with the recipe's own they are different ones.
+        prose: Files or globs of held-out text, to hide needles and facts in; the recipe's where empty.
+        progress: Called while files are read.
+
+    Returns:
+        The samples.
+
+    Raises:
+        ConfigurationError: if the recipe has no task data, or samples longer than T.
+        DataError: if its files cannot be read, or a sample takes more than T tokens.
+
+    Example:
+        >>> data = answer_data(recipe, tokenizer, num_sequences=16, num_tokens=1024)  # doctest: +SKIP
+        >>> rank_layers(student, data.input_ids, weight=data.weight).softmax_layers  # doctest: +SKIP
+        [13, 17, 18, 23]
+    """
+    sources = tuple(_with_prose(source, recipe, prose) for source in recipe.data if source.is_task)
+    if not sources:
+        raise ConfigurationError(
+            f"The recipe {recipe.name!r} has no task data, so there are no answers to rank layers by: give "
+            "one with a source of provider passkey, needle or babilong, or rank by text."
+        )
+    only_tasks = Recipe(
+        name=recipe.name,
+        seed=seed_of("rank-layers", recipe.seed, seed),
+        sequence_length=num_tokens,
+        data=sources,
+        recovery=RecoverySettings(
+            answer_weight=recipe.recovery.answer_weight, context_weight=recipe.recovery.context_weight
+        ),
+    )
+    mixture = build_mixture(only_tasks, tokenizer, progress=progress)
+    batch = mixture.batch(0, num_sequences)
+    return AnswerData(batch.input_ids, batch.loss_weight * batch.is_answer, mixture.describe())
+
+
+def _with_prose(source: DataSource, recipe: Recipe, prose: Sequence[str]) -> DataSource:
+    if prose and source.provider in ("needle", "babilong"):
+        return replace(source, path=tuple(prose), text_field="text")
+    if source.provider == "needle" and (theirs := recipe.prose_sources(source)) and not source.paths:
+        paths = tuple(path for one in theirs for path in one.paths)
+        return replace(source, path=paths, text_field=theirs[0].text_field)
+    return source
 
 
 def _importance(layer: int, linearized: float, restored: Tensor, as_is: Tensor) -> LayerImportance:
@@ -228,4 +324,12 @@ def check_rankable(path: str | Path) -> None:
         )
 
 
-__all__ = ["ChosenLayer", "LayerImportance", "LayerRanking", "check_rankable", "rank_layers"]
+__all__ = [
+    "AnswerData",
+    "ChosenLayer",
+    "LayerImportance",
+    "LayerRanking",
+    "answer_data",
+    "check_rankable",
+    "rank_layers",
+]
