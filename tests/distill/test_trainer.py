@@ -231,7 +231,7 @@ def gradients(student: Any) -> dict[str, torch.Tensor]:
 def test_the_gate_penalty_of_recovery() -> None:
     ids = random_ids(2, 12)
     batch = Batch(ids, torch.ones(2, 12), ids > 0, ("text",) * 2)
-    workers: Any = SimpleNamespace(sum=lambda tensor: tensor, count=2)
+    workers: Any = SimpleNamespace(count=2)
     student, _ = convert(tiny_teacher())
     with torch.no_grad():
         for layer in student.model.layers:
@@ -257,7 +257,7 @@ def test_the_gate_penalty_of_recovery_where_a_state_is_carried() -> None:
     """What is read without gradient counts for nothing."""
     ids = random_ids(2, 24)
     batch = Batch(ids, torch.ones(2, 24), ids > 0, ("text",) * 2)
-    workers: Any = SimpleNamespace(sum=lambda tensor: tensor, count=1)
+    workers: Any = SimpleNamespace(count=1)
     student, _ = convert(tiny_teacher(), gate="head")
     found = []
     for penalty in (0.0, 0.3):
@@ -283,7 +283,7 @@ def test_the_share_of_answers_that_are_right(stage_class: Any, length: int) -> N
     stage_settings: Any = settings if stage_class is RecoveryStage else TeacherTuningSettings()
     further = (length,) if stage_class is RecoveryStage else ()
     stage = stage_class(RecoveryModel(student, settings), stage_settings, *further)
-    workers: Any = SimpleNamespace(sum=lambda tensor: tensor, count=1)
+    workers: Any = SimpleNamespace(count=1)
     ids, weight = random_ids(2, 24), torch.rand(2, 24, generator=torch.Generator().manual_seed(1))
     with torch.no_grad(), student.teacher_mode() if stage.uses_softmax else contextlib.nullcontext():
         likeliest = student(ids).logits.argmax(-1)

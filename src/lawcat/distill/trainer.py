@@ -262,11 +262,11 @@ class Workers:
         if self.count > 1 and self.device.type != "cpu":
             self._between_cpus = torch.distributed.new_group(backend="gloo")
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum of a tensor over all processes."""
-        if self.count == 1:
-            return tensor
-        return self._accelerator.reduce(tensor.to(self.device), reduction="sum")  # type: ignore[no-any-return]
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of this process's device when it has become its sum over all processes."""
+        if self.count > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set in any process; no GPU is waited for."""

@@ -199,7 +199,7 @@ class TrainingStep:
         weight = self._stage.weight(batch) if self._workers.count > 1 else None
         if weight is None:
             return batch
-        return replace(batch, total_weight=self._workers.sum(on_device(weight, self._workers.device)))
+        return replace(batch, total_weight=self._workers.add_up(on_device(weight, self._workers.device)))
 
     def _step(self, batch: Batch, watches_gates: bool) -> Measured:
         """Do a step of one process: what its graph repeats."""
@@ -220,9 +220,13 @@ class TrainingStep:
         return _Part(summands, {name: value.shape for name, value in losses.items()}, gates)
 
     def _exchange(self, part: _Part) -> Measured:
-        """Sum what the processes have, and do with it what one does that has all."""
+        """Sum what the processes have, and do with it what one does that has all.
+
+        The sum takes the summands' place, and gradients are views of it: a copy would be as large as all that
+        trains.
+        """
         shapes = [p.shape for p in self.parameters] + [*part.losses.values()]
-        summed = torch.split(self._workers.sum(part.summands), [shape.numel() for shape in shapes])
+        summed = torch.split(self._workers.add_up(part.summands), [shape.numel() for shape in shapes])
         pieces = [piece.view(shape) for piece, shape in zip(summed, shapes, strict=True)]
         num_parameters = len(self.parameters)
         for parameter, gradient in zip(self.parameters, pieces[:num_parameters], strict=True):
