@@ -142,8 +142,10 @@ def test_every_shipped_recipe_parses(name: str) -> None:
         assert Recipe.from_yaml(variant.to_yaml()) == variant
         # What is compared is measured alike, and sees as many tokens, unless these are what is varied.
         assert variant.evaluation == recipe.evaluation
+        longer = name == "comparison" and variant_name.endswith("-from-tuned-teacher")
+        base = recipe.variant("lawcat-from-tuned-teacher") if longer else recipe
         for stage in ("attention_transfer", "recovery")[variant_name.endswith("-stage-1") :]:
-            mine, theirs = getattr(variant, stage), getattr(recipe, stage)
+            mine, theirs = getattr(variant, stage), getattr(base, stage)
             assert (mine.steps, mine.batch_sequences) == (theirs.steps, theirs.batch_sequences)
     assert len({variant.fingerprint() for variant in variants}) == len(variants)
 
@@ -197,6 +199,22 @@ def test_lolcats_in_the_comparison_is_the_recipe_of_that_name() -> None:
     assert (recovery.carried_sequences or recovery.batch_sequences) == recovery.batch_sequences
     steps = ours.attention_transfer.steps + recovery.steps
     assert steps * recovery.batch_sequences * ours.sequence_length == 5_242_880
+
+
+def test_both_are_compared_from_a_tuned_teacher_too() -> None:
+    comparison, plain = Recipe.load("comparison"), Recipe.load("smollm2-135m-longcontext")
+    ours, theirs = (comparison.variant(f"{name}-from-tuned-teacher") for name in ("lawcat", "lolcats"))
+    assert ours.data == theirs.data
+    assert ours.teacher_tuning == theirs.teacher_tuning == plain.teacher_tuning
+    stories = dataclasses.replace(plain.data[-1], weight=3.0)
+    assert ours.data[-1] == stories
+    # Their two stages and operator, for more steps and with the error at answers.
+    alone = comparison.variant("lolcats")
+    stage_1 = dataclasses.replace(alone.attention_transfer, steps=200, answer_weight=1.0)
+    assert (theirs.model, theirs.attention_transfer) == (alone.model, stage_1)
+    assert theirs.recovery == dataclasses.replace(alone.recovery, steps=600)
+    tuned = comparison.variant("lolcats-tuned-from-tuned-teacher")
+    assert dataclasses.replace(tuned, name=ours.name, model=ours.model) == ours
 
 
 def test_the_promised_recipes_are_shipped() -> None:
