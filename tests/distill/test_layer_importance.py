@@ -318,7 +318,10 @@ def test_the_command_ranks_by_answers(place: Path) -> None:
     ("student", "message"),
     [
         ("stage 2", "has been through stage 2"),
-        ("stage 2/adapter", r"linearize TEACHER OUT --recipe ... --set recovery.steps=0"),
+        (
+            "stage 2/adapter",
+            "OUT --recipe ... --set teacher_tuning.steps=0 --set recovery.steps=0 --no-evaluate",
+        ),
         ("teacher", "is a teacher; give a student"),
         ("nothing", "nothing"),
     ],

@@ -320,7 +320,7 @@ def check_rankable(path: str | Path) -> None:
         raise ConfigurationError(
             f"{path} has been through stage 2, so its softmax layers would not be the teacher's. Rank the "
             "layers of a student that stage 1 alone has trained: lawcat linearize TEACHER OUT --recipe ... "
-            "--set recovery.steps=0 --no-evaluate"
+            "--set teacher_tuning.steps=0 --set recovery.steps=0 --no-evaluate"
         )
 
 
