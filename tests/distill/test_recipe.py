@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shlex
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +153,30 @@ def test_every_shipped_recipe_parses(name: str) -> None:
     assert len({variant.fingerprint() for variant in variants}) == len(variants)
 
 
+def commands_in(comments: str) -> list[list[str]]:
+    """Return the words of each `lawcat linearize` that a recipe's comments show."""
+    text = re.sub(r"^# ?", "", comments, flags=re.MULTILINE).replace("\\\n", " ")
+    return [
+        shlex.split(line)[2:] for line in text.splitlines() if line.strip().startswith("lawcat linearize ")
+    ]
+
+
+@pytest.mark.parametrize("name", Recipe.shipped())
+def test_the_commands_in_a_recipe_s_comments_are_valid(name: str) -> None:
+    text = resources.files("lawcat.recipes").joinpath(f"{name}.yaml").read_text()
+    commands = commands_in("\n".join(line for line in text.splitlines() if line.startswith("#")))
+    for words in commands:
+        options = [(word, words[i + 1]) for i, word in enumerate(words[:-1]) if word.startswith("--")]
+        recipe = Recipe.load(dict(options)["--recipe"])
+        assert recipe.name == name
+        overrides = dict(value.split("=", 1) for option, value in options if option == "--set")
+        variants = dict(options).get("--variant")
+        for variant in variants.split(",") if variants else []:
+            recipe.variant(variant).with_overrides(overrides)
+        recipe.with_overrides(overrides)
+    assert commands or name == "quick"
+
+
 def test_the_ablations_change_one_thing_each() -> None:
     recipe = Recipe.load("ablations")
     assert recipe.matrix is not None
@@ -274,7 +301,7 @@ def test_the_hybrid_is_the_long_context_recipe_with_softmax_layers() -> None:
     )
 
 
-STORIES = {"tasks": ("qa1", "qa2", "qa2", "qa3", "qa3"), "noise_shares": (2.0, 2.0, 4.0)}
+STORIES: dict[str, Any] = {"tasks": ("qa1", "qa2", "qa2", "qa3", "qa3"), "noise_shares": (2.0, 2.0, 4.0)}
 
 
 def test_the_search_changes_little_at_a_time() -> None:

@@ -114,7 +114,10 @@ def linearize(
 @_with_exit_codes
 def rank_layers(
     student: Annotated[
-        str, typer.Argument(help="Student or adapter after stage 1: linearize --set recovery.steps=0.")
+        str,
+        typer.Argument(
+            help="Student or adapter after stage 1: linearize with teacher_tuning.steps and recovery.steps 0."
+        ),
     ],
     text: Annotated[
         list[str] | None,
