@@ -164,7 +164,7 @@ def rank_layers(
     total = 1 + 2 * len(linear) + sum(rounds)
     batches = torch.split(input_ids, batch_sequences)
     # The distribution at t is that of token t + 1.
-    weights = torch.ones(input_ids.shape) if weight is None else F.pad(weight[:, 1:], (0, 1))
+    weights = torch.ones(input_ids.shape) if weight is None else F.pad(weight[:, 1:].cpu(), (0, 1))
     device = student.model.embed_tokens.weight.device
     done = 0
 
