@@ -36,7 +36,8 @@ def plot_accuracy(results: Sequence[Results], task: str, path: str | os.PathLike
         LawcatError: if the file cannot be written.
     """
     chart = accuracy_chart(payloads_of(results), task)
-    figure = _figure(9.4 if len(chart.lines) > 4 else 7, 4.4)
+    has_many_lines = len(chart.lines) > 4
+    figure = _figure(9.4 if has_many_lines else 7, 4.4)
     axes = figure.add_subplot()
     # Length 0 (facts without noise) has no logarithm; it stands where half the shortest length would.
     zero = min((point.x for line in chart.lines for point in line.points if point.x > 0), default=2) / 2
@@ -72,7 +73,7 @@ def plot_accuracy(results: Sequence[Results], task: str, path: str | os.PathLike
     axes.minorticks_off()
     axes.set(xlabel=chart.x_label, ylabel=chart.y_label, ylim=(-3, 103), title=task)
     axes.grid(alpha=0.3)
-    if len(chart.lines) > 4:  # beside the axes: within them it would hide points
+    if has_many_lines:  # beside the axes: within them it would hide points
         figure.legend(loc="outside right upper", fontsize="small")
     else:
         axes.legend()
