@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from mixer_cases import MixerCase, answer, run
-from torch import Tensor
+from torch import Tensor, library
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -81,7 +81,7 @@ def test_the_mixer_is_what_it_says_it_is(name: str, save: bool, monkeypatch: pyt
     call = call_of(CASES[name], save=save)
     if not save:
         call = tuple(t.detach() if isinstance(t, Tensor) else t for t in call)
-    torch.library.opcheck(torch.ops.lawcat.mixer.default, call)
+    library.opcheck(torch.ops.lawcat.mixer.default, call)
 
 
 def test_the_backward_is_what_it_says_it_is() -> None:
@@ -91,7 +91,7 @@ def test_the_backward_is_what_it_says_it_is() -> None:
     # Of what went before, nothing has a gradient a second time.
     tensors = [t.detach() if isinstance(t, Tensor) else t for t in call[:-1]]
     gradients = torch.randn_like(output), torch.randn_like(final)
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.lawcat.mixer_backward.default,
         (*tensors, output, saved, *gradients),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
@@ -99,7 +99,7 @@ def test_the_backward_is_what_it_says_it_is() -> None:
 
 
 def test_the_step_is_what_it_says_it_is() -> None:
-    torch.library.opcheck(torch.ops.lawcat.decode_step.default, step_arguments())
+    library.opcheck(torch.ops.lawcat.decode_step.default, step_arguments())
 
 
 def test_a_compiled_step_writes_in_place() -> None:

@@ -4,7 +4,7 @@
 them; they do what eager code does, which calls it directly. Legend: ``ops/shapes.py``.
 """
 
-# mypy is told to leave triton out, and torch.library has no types for these.
+# mypy is told to leave triton out, and PyTorch has no types for its operators' registration.
 # mypy: disable-error-code="no-untyped-call, untyped-decorator"
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from ...errors import BackendError
 from .decode_step import decode_step
@@ -45,7 +45,7 @@ def _call(arguments: Sequence[Any]) -> tuple[MixerInputs, MixerOptions]:
     return inputs, MixerOptions(*arguments[_NUM_INPUTS:])
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "lawcat::mixer",
     mutates_args=(),
     schema=f"({_CALL}, bool save) -> (Tensor output, Tensor final, Tensor saved)",
@@ -71,7 +71,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return output, final, final.new_empty(saved_numbers(inputs, options) if save else 0)
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "lawcat::mixer_backward",
     mutates_args=(),
     schema=f"({_CALL}, Tensor output, Tensor saved, Tensor? grad_output, Tensor? grad_final) -> Tensor[]",
@@ -133,7 +133,7 @@ def traced_mixer(
     return output, final
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "lawcat::decode_step",
     mutates_args=("state", "q_inputs", "k_inputs"),
     schema=(
