@@ -2,11 +2,14 @@
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/kernel_sanitizer.py
 
+    compute-sanitizer --tool racecheck python benchmarks/kernel_sanitizer.py --designs prepared --no-padded
+
 Without the caching allocator each tensor is an allocation of its own, so that one element too far is seen.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import sys
 from dataclasses import replace
@@ -53,13 +56,24 @@ def with_design(table: Configuration, is_prepared: bool) -> Configuration:
 
 def main() -> None:
     """Run forward, backward and decode."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--designs", default="fused,prepared", help="of the forward kernels")
+    parser.add_argument(
+        "--padded",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="widths that are no power of two, too",
+    )
+    arguments = parser.parse_args()
+    designs = [design == "prepared" for design in arguments.designs.split(",")]
+    widths = ((64, 64), (80, 48)) if arguments.padded else ((64, 64),)
     # Apart, so that what is written beside one is not in another.
     mixer.workspace = lambda sizes, dtype, device: [
         torch.empty(size, dtype=dtype, device=device) for size in sizes
     ]
-    for is_prepared, (width, features), strong in itertools.product(
-        (False, True), ((64, 64), (80, 48)), (False, True)
-    ):
+    for is_prepared, (width, features), strong in itertools.product(designs, widths, (False, True)):
         mixer.choose_configuration = lambda *a, p=is_prepared: with_design(choose_configuration(*a), p)
         tensors = inputs(2, 133, width, features, 100.0 if strong else 1.0)
         leaves = {name: t.requires_grad_() for name, t in tensors.items()}
