@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -46,6 +48,45 @@ def test_they_come_in_order_from_processes(num_workers: int) -> None:
     assert os.getpid() not in makers
     assert torch.equal(torch.get_rng_state(), before)
     assert list(batches_from_processes(numbered, [], num_workers)) == []
+
+
+class Cyclic:
+    """Held by itself alone, like what a stage leaves; says which process has ended it."""
+
+    ALIVE: ClassVar[dict[str, Cyclic]] = {}
+
+    def __init__(self, ended: Path) -> None:
+        self.itself, self.ended = self, ended
+
+    def __del__(self) -> None:
+        with self.ended.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+
+
+def collecting(first: int, count: int, segments: int) -> Batch:
+    """Return a batch after all that can be ended was."""
+    Cyclic.ALIVE.clear()
+    gc.collect()
+    return numbered(first, count, segments)
+
+
+@needs_fork
+@pytest.mark.parametrize("is_alive", [False, True])
+def test_they_end_nothing_of_the_process_they_are_copies_of(tmp_path: Path, is_alive: bool) -> None:
+    """To CUDA's objects, events for one, that would be an error, and the copy is aborted."""
+    ended = tmp_path / "ended"
+    gc.disable()
+    try:
+        cyclic = Cyclic(ended)
+        if is_alive:
+            Cyclic.ALIVE["it"] = cyclic
+        del cyclic
+        assert len(list(batches_from_processes(collecting, REQUESTS, 2))) == len(REQUESTS)
+    finally:
+        gc.enable()
+        Cyclic.ALIVE.clear()
+        gc.collect()
+    assert ended.read_text().split() == [str(os.getpid())]
 
 
 @needs_fork

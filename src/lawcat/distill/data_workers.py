@@ -6,6 +6,7 @@ beside the training keeps up with a CPU, not with a GPU.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -59,6 +60,9 @@ def batches_from_processes(
         # Of its own, or it would draw from the generators that a resumed run restores.
         generator=torch.Generator(),
     )
+    # What the stage before has left in cycles, CUDA events among it, ends here and not in a copy of this
+    # process: to CUDA that is an error, and the copy would be aborted.
+    gc.collect()
     for pickled in loader:
         made = pickle.loads(pickled)
         if isinstance(made, LawcatError):
@@ -84,6 +88,7 @@ class _Requests(Dataset[Any]):
 
 
 def _begin_worker(number: int) -> None:
+    gc.freeze()  # what was alive is not the copy's to end either
     # Ctrl-C and SIGTERM reach the whole group; the process that trains decides when its workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
