@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny_teachers import save_teacher
 from torch.nn import functional
 from transformers import masking_utils
 
@@ -22,6 +21,7 @@ from lawcat.convert.save import save_student
 from lawcat.convert.teacher import load_teacher
 from lawcat.distill.training_step import TrainingStep
 from lawcat.ops.triton import support
+from tiny_teachers import save_teacher
 
 CPU = torch.device("cpu")
 

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.tiny_teachers import save_teacher, write_text
 from typer.testing import CliRunner, Result
 
 from lawcat.cli.app import app
 from lawcat.inference.generation import stream_text
+from tiny_teachers import save_teacher, write_text
 
 RECIPE = """
 name: tiny

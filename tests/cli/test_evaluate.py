@@ -7,7 +7,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-from tests.tiny_teachers import save_teacher, write_text
 from typer.testing import CliRunner, Result
 
 from lawcat.cli import evaluate as evaluate_command
@@ -17,6 +16,7 @@ from lawcat.convert.teacher import load_teacher
 from lawcat.errors import DataError
 from lawcat.evaluation.runner import evaluate
 from lawcat.tasks import PASSKEY
+from tiny_teachers import save_teacher, write_text
 
 
 @pytest.fixture(scope="module")
