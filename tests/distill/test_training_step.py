@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import json
 import math
 import os
 import signal
 import time
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -226,6 +228,37 @@ def test_a_replayed_step_reads_the_factors_of_its_batch() -> None:
     ]
     assert_same_steps(measured[1:], measured[:1] * 3)
     assert step.num_graphs == 2
+
+
+@pytest.mark.parametrize("make_graph", [None, Repetition])
+def test_a_step_ends_with_the_last_reference_to_it(
+    make_graph: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a cycle, its optimizer's memory and its events on a GPU would be there in the next stage."""
+    on_one_processor(monkeypatch, tmp_path / "cache")
+    made: list[list[weakref.ref[Any]]] = []
+
+    class Watched(TrainingStep):
+        def __init__(self, stage: Any, workers: Any) -> None:
+            assert [one() for refs in made for one in refs] == [None] * 4 * len(made)
+            super().__init__(stage, workers, is_queued=make_graph is not None, make_graph=make_graph)
+            watched = (self, self._optimizer, self._ended, self._graphs)
+            made.append([weakref.ref(one) for one in watched])
+
+        def release(self) -> None:
+            assert (self.num_graphs > 0) == (make_graph is not None)
+            super().release()
+
+    monkeypatch.setattr(trainer, "TrainingStep", Watched)
+    run = TinyRun(tmp_path)
+    gc.collect()
+    gc.disable()
+    try:
+        settings = {"teacher_tuning__steps": 4, "teacher_tuning__batch_sequences": 2}
+        run("watched", recovery__carried_segments=0, **settings)
+        assert [[one() for one in refs] for refs in made] == [[None] * 4] * 3
+    finally:
+        gc.enable()
 
 
 def interrupted(error: Exception) -> Callable[..., Any]:

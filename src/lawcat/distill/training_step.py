@@ -14,10 +14,11 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -127,7 +128,9 @@ class TrainingStep:
             self._optimizer.found_inf = self._is_broken  # type: ignore[attr-defined]
             self._optimizer._warned_capturable_if_run_uncaptured = True
         self._summands: dict[int, Tensor] = {}
-        self._graphs = StepGraphs(self._step if workers.count == 1 else self._part, device, make_graph)
+        work = TrainingStep._step if workers.count == 1 else TrainingStep._part
+        # By a weak reference: in a cycle, memory and events of a GPU would outlive the stage.
+        self._graphs = StepGraphs(partial(work, cast(TrainingStep, weakref.proxy(self))), device, make_graph)
         self._ended = _Moment(device)
 
     def __call__(self, batch: Batch, *, learning_rate_factor: float, watches_gates: bool = False) -> Measured:
