@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from filelock import FileLock
 
 from lawcat.distill import mixture as mixture_module
 from lawcat.distill.data_workers import batches_from_processes, num_data_workers
@@ -143,18 +144,21 @@ def test_how_many(monkeypatch: pytest.MonkeyPatch, cores: int, beside: int, expe
 ENDLESS = """
 import os, signal, sys, time
 import torch
+from filelock import FileLock
 from lawcat.distill.data_workers import batches_from_processes
 from lawcat.distill.sequence import Batch
 
 def make(first, count, segments):
-    ids = torch.full((1, 1), os.getpid())
-    return Batch(ids, ids.float(), ids > 0, ("x",))
+    ids = torch.full((16, 1024), os.getpid())  # more than a pipe holds
+    return Batch(ids, ids.float(), ids > 0, ("x",) * 16)
 
+lock = FileLock(sys.argv[1])
+lock.acquire()
 stopped = []
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda *arguments: stopped.append(1))
 for batch in batches_from_processes(make, [(0, 1, 1)] * 100_000, 2):
-    print(batch.input_ids.item(), flush=True)
+    print(batch.input_ids[0, 0].item(), flush=True)
     if stopped:
         print("stopped", flush=True)
         break
@@ -164,9 +168,10 @@ for batch in batches_from_processes(make, [(0, 1, 1)] * 100_000, 2):
 
 @needs_fork
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_signal_to_all_of_them_leaves_none_behind(number: int) -> None:
+def test_a_signal_to_all_of_them_leaves_none_behind(number: int, tmp_path: Path) -> None:
+    """Nor a lock that one of them would hold on to, as a run has one."""
     child = subprocess.Popen(
-        [sys.executable, "-c", ENDLESS],
+        [sys.executable, "-c", ENDLESS, str(tmp_path / "lock")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
@@ -186,7 +191,10 @@ def test_a_signal_to_all_of_them_leaves_none_behind(number: int) -> None:
     deadline = time.monotonic() + 20
     while (alive := [worker for worker in workers if _is_alive(worker)]) and time.monotonic() < deadline:
         time.sleep(0.1)
+    for worker in alive:
+        os.kill(worker, signal.SIGKILL)
     assert not alive
+    FileLock(tmp_path / "lock").acquire(timeout=0)
 
 
 def _is_alive(process: int) -> bool:

@@ -11,7 +11,10 @@ import multiprocessing
 import os
 import pickle
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ Request = tuple[int, int, int]
 """First sequence, how many, and of how many segments."""
 
 _MOST_WORKERS = 8
+_LOOK_EVERY_S = 0.5
 
 
 def num_data_workers() -> int:
@@ -56,7 +60,7 @@ def batches_from_processes(
         batch_size=None,
         num_workers=num_workers,
         multiprocessing_context="fork",
-        worker_init_fn=_begin_worker,
+        worker_init_fn=partial(_begin_worker, os.getpid()),
         # Of its own, or it would draw from the generators that a resumed run restores.
         generator=torch.Generator(),
     )
@@ -87,9 +91,19 @@ class _Requests(Dataset[Any]):
         return pickle.dumps(made)
 
 
-def _begin_worker(number: int) -> None:
+def _begin_worker(parent: int, number: int) -> None:
     gc.freeze()  # what was alive is not the copy's to end either
     # Ctrl-C and SIGTERM reach the whole group; the process that trains decides when its workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else each says that it had to turn it off
+    # By itself a worker whose parent was killed waits for ever for somebody to read its batches.
+    threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(parent: int) -> None:
+    """End this process where its parent is no more: it holds copies of what the parent had open, such as the
+    lock on its directory and connections to other processes."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK_EVERY_S)
+    os._exit(1)
