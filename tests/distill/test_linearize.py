@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -32,7 +33,9 @@ from lawcat import load_model
 from lawcat.convert.initialize import convert, is_new_parameter
 from lawcat.convert.teacher import load_teacher
 from lawcat.distill.checkpoint import list_checkpoints
+from lawcat.distill.data_workers import batches_from_processes
 from lawcat.distill.linearize import linearize
+from lawcat.distill.mixture import Mixture
 from lawcat.distill.recipe import Recipe
 from lawcat.distill.trainer import ANSWER_ACCURACY
 from lawcat.distill.training_log import read_log
@@ -467,6 +470,28 @@ def test_a_loss_that_is_not_finite(run: TinyRun, monkeypatch: pytest.MonkeyPatch
     checkpoints = training_folder(run, "poisoned 1") / "checkpoints"
     assert [path.name for path in list_checkpoints(checkpoints)] == ["stage1-step-00000002"]
     assert len(read_log(training_folder(run, "poisoned 1") / LOG)) == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="processes are not forked here")
+def test_an_error_ends_the_processes_that_make_data(run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a program that ends of this error would wait for them, which leave it to the program to end them."""
+
+    def batches(mixture: Any, requests: Any, *, ahead: bool) -> Any:
+        return batches_from_processes(mixture.batch, requests, 2)
+
+    def broken(self: Any, batch: Any, workers: Any) -> Any:
+        assert len(multiprocessing.active_children()) == 2
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(Mixture, "batches", batches)
+    monkeypatch.setattr(linearize_module.AttentionTransferStage, "backward", broken)
+    with pytest.raises(RuntimeError, match="unspecified launch failure") as told:
+        run("broken")
+    assert told.value.__traceback__ is not None
+    left = multiprocessing.active_children()
+    for process in left:
+        process.kill()
+    assert left == []
 
 
 @pytest.mark.parametrize(

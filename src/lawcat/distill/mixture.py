@@ -14,7 +14,7 @@ import hashlib
 import os
 import random
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -149,12 +149,14 @@ class Mixture:
         indices = range(first_index, first_index + count)
         return Batch.stack([self.sequence(index, num_segments) for index in indices])
 
-    def batches(self, requests: Iterable[tuple[int, int, int]], *, ahead: bool = True) -> Iterator[Batch]:
+    def batches(
+        self, requests: Iterable[tuple[int, int, int]], *, ahead: bool = True
+    ) -> Generator[Batch, None, None]:
         """Yield `batch(*request)` for each request, made while those before are in use.
 
         Where there is task data, by other processes (`data_workers.py`), or else by a thread: a hub's stream
-        would be read by each process, and text is only cut. The batches are the same as `batch` gives; while
-        the iterator lives, nothing else may read the mixture.
+        would be read by each process, and text is only cut. The batches are the same as `batch` gives; until
+        the generator is closed, nothing else may read the mixture.
 
         Args:
             requests: First index, count and number of segments of each batch.

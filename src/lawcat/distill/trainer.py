@@ -427,6 +427,8 @@ def train_stage(stage: Stage, context: StageContext, resume_from: TrainingState 
         at_end.callback(training_step.release)
         at_end.enter_context(context.interruption.after_step())
         batches = context.mixture.batches(requests, ahead=workers.device.type != "cpu")
+        # Not when the last traceback goes: processes that make data would keep this one from its end.
+        at_end.enter_context(contextlib.closing(batches))
         for step, batch in enumerate(batches, start):
             is_due = step % _GATE_STATISTICS_EVERY == 0 or step == settings.steps - 1
             measured = training_step(
