@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,12 +19,13 @@ import pytest
 import torch
 from filelock import FileLock
 
+from lawcat.distill import data_workers
 from lawcat.distill import mixture as mixture_module
 from lawcat.distill.data_workers import batches_from_processes, num_data_workers
 from lawcat.distill.mixture import build_mixture
 from lawcat.distill.recipe import Recipe
 from lawcat.distill.sequence import Batch
-from lawcat.errors import DataError
+from lawcat.errors import DataError, TrainingError
 from tiny_teachers import spelling_tokenizer, write_text
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="processes are not forked here")
@@ -88,6 +92,69 @@ def test_they_end_nothing_of_the_process_they_are_copies_of(tmp_path: Path, is_a
         Cyclic.ALIVE.clear()
         gc.collect()
     assert ended.read_text().split() == [str(os.getpid())]
+
+
+class Dying:
+    """Makes large batches, each by a process that is killed so many times."""
+
+    def __init__(self, folder: Path, deaths: dict[int, int]) -> None:
+        self.folder, self.deaths = folder, deaths
+
+    def __call__(self, first: int, count: int, segments: int) -> Batch:
+        file = self.folder / str(first)
+        died = int(file.read_text()) if file.exists() else 0
+        if died < self.deaths.get(first, 0):
+            file.write_text(str(died + 1))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return numbered(first, count, segments * 10_000)
+
+
+@needs_fork
+def test_processes_that_are_killed_are_replaced(tmp_path: Path) -> None:
+    def run() -> Iterator[Batch]:
+        for number, batch in enumerate(batches_from_processes(Dying(tmp_path, {0: 1, 7: 2}), REQUESTS, 2)):
+            if number == 3:  # while nobody waits for a batch, and in the middle of handing one over
+                time.sleep(0.2)
+                for process in multiprocessing.active_children():
+                    process.kill()
+                time.sleep(0.2)
+            yield batch
+
+    with pytest.warns(UserWarning, match="a process that makes data ended by SIGKILL; another") as told:
+        found = list(run())
+    sizes = [(int(batch.input_ids[0, 0]), *batch.input_ids.shape) for batch in found]
+    assert sizes == [(first, count, segments * 10_000) for first, count, segments in REQUESTS]
+    assert 4 <= len(told) <= 5  # one of two may have been on its way to its last death when it was killed
+    assert multiprocessing.active_children() == []
+
+
+@needs_fork
+def test_processes_that_are_killed_again_and_again(tmp_path: Path) -> None:
+    found: list[float] = []
+
+    def run() -> None:
+        for batch in batches_from_processes(Dying(tmp_path, {5: 1000}), REQUESTS, 2):
+            found.append(batch.input_ids[0, 0].item())
+
+    message = r"the last one by SIGKILL\. .*the same command goes on"
+    with pytest.warns(UserWarning, match="SIGKILL") as told, pytest.raises(TrainingError, match=message):
+        run()
+    assert found == [0, 1, 2, 3, 4][: len(found)]
+    assert len(told) == data_workers._MOST_REPLACED
+    assert (tmp_path / "5").read_text() == str(data_workers._MOST_REPLACED + 1)
+    assert multiprocessing.active_children() == []
+
+
+@needs_fork
+def test_other_errors_are_no_reason_to_begin_again() -> None:
+    def make(first: int, count: int, segments: int) -> Batch:
+        raise RuntimeError("of another kind")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeError, match=r"(?s)that makes data failed: .* line .*: of another kind"):
+            next(batches_from_processes(make, REQUESTS, 1))
+    assert multiprocessing.active_children() == []
 
 
 @needs_fork

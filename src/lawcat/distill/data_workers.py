@@ -2,31 +2,39 @@
 
 A task sample costs some 10 ms at 1K tokens and up to a second at 16K, nearly all of it in Python: one thread
 beside the training keeps up with a CPU, not with a GPU.
+
+Not PyTorch's ``DataLoader``: where one of its processes is killed, an error is raised wherever the program
+is, in the middle of a step or a checkpoint. Here it is known when that process's next batch is asked for, and
+another process makes it.
 """
 
 from __future__ import annotations
 
+import atexit
 import gc
 import multiprocessing
 import os
 import pickle
+import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any
+import traceback
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from multiprocessing.connection import Connection
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from lawcat.distill.sequence import Batch
-from lawcat.errors import LawcatError
+from lawcat.errors import LawcatError, TrainingError
 
+Make = Callable[[int, int, int], Batch]
 Request = tuple[int, int, int]
 """First sequence, how many, and of how many segments."""
 
 _MOST_WORKERS = 8
+_MOST_REPLACED = 5
 _LOOK_EVERY_S = 0.5
 
 
@@ -40,9 +48,11 @@ def num_data_workers() -> int:
 
 
 def batches_from_processes(
-    make: Callable[[int, int, int], Batch], requests: Sequence[Request], num_workers: int
-) -> Iterator[Batch]:
-    """Yield `make(*request)` of each request, in order.
+    make: Make, requests: Sequence[Request], num_workers: int
+) -> Generator[Batch, None, None]:
+    """Yield `make(*request)` of each request, in order; close it where not all are wanted.
+
+    A process that is killed, as where memory runs out, is replaced a few times.
 
     Args:
         make: Makes a batch; each process has its own copy of all that it refers to.
@@ -54,51 +64,115 @@ def batches_from_processes(
 
     Raises:
         LawcatError: what `make` raises, at its place in the order.
+        TrainingError: if processes are killed again and again.
+        RuntimeError: if `make` raises anything else, with the place where.
     """
-    loader = DataLoader(
-        _Requests(make, requests),
-        batch_size=None,
-        num_workers=num_workers,
-        multiprocessing_context="fork",
-        worker_init_fn=partial(_begin_worker, os.getpid()),
-        # Of its own, or it would draw from the generators that a resumed run restores.
-        generator=torch.Generator(),
-    )
-    # What the stage before has left in cycles, CUDA events among it, ends here and not in a copy of this
-    # process: to CUDA that is an error, and the copy would be aborted.
-    gc.collect()
-    for pickled in loader:
-        made = pickle.loads(pickled)
-        if isinstance(made, LawcatError):
-            raise made
-        yield made
+    workers: list[_Worker] = []
+
+    def end() -> None:
+        for worker in workers:
+            worker.end()
+
+    # Where this generator is not closed before: Python waits for all processes, and these wait for it.
+    atexit.register(end)
+    num_replaced = 0
+    try:
+        for turn in range(min(num_workers, len(requests))):
+            workers.append(_Worker(make, requests[turn::num_workers]))
+        for index in range(len(requests)):
+            turn = index % num_workers
+            while (made := workers[turn].receive()) is None:
+                cause = workers[turn].end()
+                if num_replaced == _MOST_REPLACED:
+                    raise TrainingError(
+                        f"Processes that make training data ended again and again, the last one by {cause}. "
+                        "The last checkpoint is good: the same command goes on from there. Where the "
+                        "system ends processes, memory has mostly run out: leave more of it, or fewer "
+                        "processors, of which each makes data."
+                    )
+                num_replaced += 1
+                warnings.warn(
+                    f"a process that makes data ended by {cause}; another one goes on for it", stacklevel=2
+                )
+                workers[turn] = _Worker(make, requests[index::num_workers])
+            if isinstance(made, LawcatError):
+                raise made
+            if isinstance(made, str):
+                raise RuntimeError(f"a process that makes data failed: {made}")
+            yield made
+    finally:
+        end()
+        atexit.unregister(end)
 
 
-class _Requests(Dataset[Any]):
-    def __init__(self, make: Callable[[int, int, int], Batch], requests: Sequence[Request]) -> None:
-        self._make, self._requests = make, requests
+class _Worker:
+    """A process that makes batches, one after the other and a few ahead of who receives them."""
 
-    def __len__(self) -> int:
-        return len(self._requests)
+    def __init__(self, make: Make, requests: Sequence[Request]) -> None:
+        # What an earlier stage has left in cycles, CUDA events among it, ends here and not in a copy of this
+        # process: to CUDA that is an error, and the copy would be aborted.
+        gc.collect()
+        # Not through /dev/shm, of which containers often have 64 MB.
+        self._results, theirs = multiprocessing.Pipe(duplex=False)
+        self._process = multiprocessing.get_context("fork").Process(
+            target=_work, args=(os.getpid(), make, requests, theirs), daemon=True
+        )
+        self._process.start()
+        theirs.close()  # so that with the process the pipe ends
 
-    def __getitem__(self, index: int) -> bytes:
-        made: Batch | LawcatError
+    def receive(self) -> Batch | LawcatError | str | None:
+        """Return the next batch, or the error in its place; None where the process has ended."""
         try:
-            made = self._make(*self._requests[index])
-        except LawcatError as error:  # as a value: raised here, its message would get a traceback inside
-            made = error
-        # Tensors as such would go through /dev/shm, of which containers often have 64 MB.
-        return pickle.dumps(made)
+            pickled = self._results.recv_bytes()
+        except (EOFError, OSError):
+            return None
+        made: Batch | LawcatError | str = pickle.loads(pickled)
+        return made
+
+    def end(self) -> str:
+        """End the process, and return what had ended it if it was there no more."""
+        self._results.close()
+        self._process.kill()  # it writes nothing that could be left by half
+        self._process.join()
+        code = self._process.exitcode or 0
+        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
-def _begin_worker(parent: int, number: int) -> None:
-    gc.freeze()  # what was alive is not the copy's to end either
-    # Ctrl-C and SIGTERM reach the whole group; the process that trains decides when its workers end.
+def _work(parent: int, make: Make, requests: Sequence[Request], results: Connection) -> None:
+    """Do all that a process does, and end it."""
+    gc.freeze()  # what was alive is not the copy's to end
+    # Ctrl-C and SIGTERM reach the whole group; the process that trains decides when these end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else each says that it had to turn it off
-    # By itself a worker whose parent was killed waits for ever for somebody to read its batches.
     threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else each says that it had to turn it off
+    # One waits here and one is on its way: what makes a long sequence need not wait for who reads it.
+    ahead: queue.Queue[bytes | None] = queue.Queue(maxsize=1)
+    sender = threading.Thread(target=_send, args=(ahead, results), daemon=True)
+    sender.start()
+    for request in requests:
+        ahead.put(pickle.dumps(_made(make, request)))
+    ahead.put(None)
+    sender.join()
+    os._exit(0)  # nor is what else Python ends
+
+
+def _made(make: Make, request: Request) -> Batch | LawcatError | str:
+    try:
+        return make(*request)
+    except LawcatError as error:
+        return error
+    except Exception:
+        return traceback.format_exc()
+
+
+def _send(ahead: queue.Queue[bytes | None], results: Connection) -> None:
+    try:
+        while (made := ahead.get()) is not None:
+            results.send_bytes(made)
+    except OSError:  # nobody reads it
+        os._exit(1)
 
 
 def _end_after(parent: int) -> None:
