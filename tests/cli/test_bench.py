@@ -85,3 +85,17 @@ def test_mistakes_are_one_message_and_exit_2(arguments: list[str], says: str) ->
     assert says in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
+
+
+def test_a_mistyped_backend_ends_it_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was found out at the end, and the results lost."""
+    monkeypatch.setenv("LAWCAT_BACKEND", "trition")
+    monkeypatch.setattr("lawcat.cli.bench._measure", lambda *_: pytest.fail("measured"))
+    result = run("--shape", "tiny", "--lengths", "16", "--output", tmp_path / "out.json")
+    assert result.exit_code == 2
+    assert "LAWCAT_BACKEND='trition' does not exist" in result.stderr
+    assert "Did you mean 'triton'?" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""

@@ -20,7 +20,7 @@ from lawcat.convert.load import check_device
 from lawcat.errors import ConfigurationError, did_you_mean
 from lawcat.evaluation.lengths import parse_lengths
 from lawcat.memory import free_memory
-from lawcat.ops import backend_names, explain
+from lawcat.ops import backend_names, choose_backend, explain
 
 PARTS = ("operators", "generation", "training")
 _LENGTHS = {"cpu": "256,1k,2k", "cuda": "1k,2k,4k,8k,16k,32k,64k"}
@@ -50,6 +50,7 @@ def run_bench(
     dtype: str,
 ) -> None:
     """See the command's help."""
+    choose_backend()  # a name in LAWCAT_BACKEND that does not exist is said now, not after all is measured
     asked = _choices(what, PARTS, "--what")
     parts = [part for part in PARTS if part in asked]  # training last: it spoils the student
     place = check_device(device)
