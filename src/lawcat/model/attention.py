@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
-from ..ops.backend import choose_backend, count_call, gated_linear_attention, kernels_or_torch
+from ..ops.backend import choose_backend, count_call, kernels_or_torch, no_kernel, run_recurrence
 from ..ops.fused import linear_attention_mixer
 from ..ops.mixer_step import linear_attention_mixer_step
 from ..ops.precision import without_autocast
@@ -357,9 +357,11 @@ class LawcatAttention(nn.Module):
                 output = output / (near.sums.denominator + far.denominator + eps)
             return output.to(v.dtype), after
         if q.shape[1] == 1 and state is not None:
+            is_untied = self.config.feature_map == "untied"
+            no_kernel(q.device.type, f"a step with {'untied feature maps' if is_untied else 'padding'}")
             count_call("step", "torch")
             return gated_linear_attention_step(q, k, v, log_decay, state, normalize=normalize, eps=eps)
-        return gated_linear_attention(
+        return run_recurrence(
             q,
             k,
             v,
@@ -367,6 +369,7 @@ class LawcatAttention(nn.Module):
             initial_state=state,
             normalize=normalize,
             eps=eps,
+            backend="auto",
             min_log_decay=self.config.min_log_decay,
         )
 

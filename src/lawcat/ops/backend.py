@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..errors import BackendError, did_you_mean
 from .chunked import gated_linear_attention_chunked
+from .precision import at_one_dtype
 from .reference import gated_linear_attention_reference
-from .shapes import check_attention_inputs, check_log_decay, repeat_heads
+from .shapes import check_attention_inputs, check_log_decay, check_log_decay_range, repeat_heads
 from .triton import support
 
 ENVIRONMENT_VARIABLE = "LAWCAT_BACKEND"
@@ -37,16 +39,53 @@ _BACKENDS = (
 )
 # Of the process, not of a thread: autograd runs a backward, and what checkpointing repeats, in another one.
 _forced: str | None = None
-# Why "auto" has taken PyTorch on a GPU, each reason told once.
+# Why PyTorch has run where kernels were asked for, or are what "auto" takes; each reason is told once.
 _fallbacks: dict[str, None] = {}
 # Calls by what was computed and by which backend.
 _calls: Counter[tuple[str, str]] = Counter()
+
+
+@dataclass
+class WhatRan:
+    """What the calls of a while ran by.
+
+    Attributes:
+        backends: Which implementations; none where no call was counted.
+        reasons: Why it was PyTorch and not the kernels, whether that was told before or not.
+    """
+
+    backends: set[str] = field(default_factory=set)
+    reasons: list[str] = field(default_factory=list)
+
+    def not_by(self, name: str) -> str | None:
+        """Return what ran instead of a backend, and why; None where that did, or nothing was counted."""
+        if not self.backends or name in self.backends:
+            return None
+        text = f"{' and '.join(sorted(self.backends))} runs, not {name}"
+        return text + (f": {'; '.join(self.reasons)}" if self.reasons else "")
+
+
+_watchers: list[WhatRan] = []
+
+
+@contextlib.contextmanager
+def watch_calls() -> Iterator[WhatRan]:
+    """Yield what the calls within this context, of any thread, run by: what ``count_call`` is told."""
+    ran = WhatRan()
+    _watchers.append(ran)
+    try:
+        yield ran
+    finally:
+        # By identity: two that saw the same are equal.
+        _watchers[:] = [watcher for watcher in _watchers if watcher is not ran]
 
 
 def count_call(operation: str, backend: str) -> None:
     """Note for ``explain`` what runs. Compiled code and replays of CUDA graphs are not counted."""
     if not torch.compiler.is_compiling():
         _calls[operation, backend] += 1
+        for watcher in _watchers:
+            watcher.backends.add(backend)
 
 
 def backend_names() -> tuple[str, ...]:
@@ -150,11 +189,38 @@ def kernels_or_torch(backend: str, device: str, unsupported: str | None) -> bool
     return False
 
 
+# Constant in what is compiled, as above.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def no_kernel(device: str, computation: str) -> None:
+    """Say once, as a warning, that there is no kernel for what PyTorch computes next.
+
+    Nothing where kernels would not run either: who asked for PyTorch, or has no GPU, need not know. Those who
+    asked for the kernels are told and not refused, since a model's other work runs on them.
+
+    Args:
+        device: Type of the tensors' device.
+        computation: For what there is none.
+    """
+    if _choose("auto", device)[0] == "triton":
+        _say_once(f"there is no kernel for {computation}")
+
+
 def _say_once(reason: str) -> None:
-    """Warn, as of who called the operator, that PyTorch's operations run on a GPU."""
+    """Warn, as of who called the operator, that PyTorch's operations run instead of the kernels."""
+    for watcher in _watchers:
+        if reason not in watcher.reasons:
+            watcher.reasons.append(reason)
     if reason not in _fallbacks:
         _fallbacks[reason] = None
-        warnings.warn(f"lawcat's kernels are not used: {reason}.", stacklevel=4)
+        warnings.warn(f"lawcat's kernels are not used: {reason}.", stacklevel=_frames_of_operators() + 1)
+
+
+def _frames_of_operators() -> int:
+    """Return how many of the innermost frames, the caller's the first, are this package's."""
+    frame, count = sys._getframe(1), 0
+    while frame.f_back is not None and frame.f_globals.get("__package__") == __package__:
+        frame, count = frame.f_back, count + 1
+    return count
 
 
 def _checked(name: str, source: str) -> str:
@@ -194,15 +260,16 @@ def gated_linear_attention(
         eps: Added to z before dividing, above 0.
         backend: ``"auto"``, ``"torch"`` (chunked PyTorch), ``"triton"`` (kernels) or ``"reference"`` (token
             by token).
-        min_log_decay: A bound below which no log_decay lies, where the caller knows one; saves looking it up.
+        min_log_decay: A bound below which no log_decay lies, where the caller knows one: the same for all
+            calls makes them alike, and a CUDA graph cannot look it up.
 
     Returns:
         ``o`` [B, T, H, D] in v's dtype and the state [B, N, F, D + 1] in float32 (float64 when an input is),
         whose last column is the normaliser.
 
     Raises:
-        ValueError: when shapes or devices do not fit together, or a log_decay is above 0 (not looked for
-            where ``min_log_decay`` is given).
+        ValueError: when shapes or devices do not fit together, or a log_decay is above 0 or below
+            ``min_log_decay`` (with a bound not looked for while a CUDA graph is captured, or compiled).
         BackendError: a ``ValueError``, when the backend does not exist.
 
     Source: equations 5 and 6 of LAWCAT (arXiv 2509.18467).
@@ -214,15 +281,49 @@ def gated_linear_attention(
         >>> o.shape, state.shape
         (torch.Size([1, 100, 2, 4]), torch.Size([1, 2, 4, 5]))
     """
+    if min_log_decay is not None:
+        check_attention_inputs(q, k, v, log_decay, initial_state, eps)
+        check_log_decay_range(log_decay, min_log_decay)
+    return run_recurrence(
+        q,
+        k,
+        v,
+        log_decay,
+        initial_state=initial_state,
+        normalize=normalize,
+        eps=eps,
+        backend=backend,
+        min_log_decay=min_log_decay,
+    )
+
+
+def run_recurrence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    initial_state: Tensor | None,
+    normalize: bool,
+    eps: float,
+    backend: str,
+    min_log_decay: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Return what ``gated_linear_attention`` does; it has the arguments.
+
+    A bound is believed, which saves waiting for a GPU: for a caller that has made the log-decays by it.
+    """
     name = choose_backend(backend, q.device.type)
     if name == "triton":
         check_attention_inputs(q, k, v, log_decay, initial_state, eps)
+        operands = at_one_dtype(q, k, v)
         unsupported = support.unsupported_because(
-            q, k, v, log_decay, initial_state, feature_dim=q.shape[3], value_dim=v.shape[3]
+            *operands, log_decay, initial_state, feature_dim=q.shape[3], value_dim=v.shape[3]
         )
         if q.numel() and kernels_or_torch(backend, q.device.type, unsupported):
             count_call("recurrence", "triton")
-            return _run_kernels(q, k, v, log_decay, initial_state, normalize, eps, min_log_decay)
+            output, state = _run_kernels(*operands, log_decay, initial_state, normalize, eps, min_log_decay)
+            return output.to(v.dtype), state
     count_call("recurrence", "reference" if name == "reference" else "torch")
     if name == "reference":
         return gated_linear_attention_reference(

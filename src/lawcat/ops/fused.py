@@ -17,8 +17,8 @@ from .convolution import causal_conv1d_of_heads, last_inputs
 from .decay import log_decay_of
 from .feature_map import hedgehog_feature_map
 from .mixer_chunked import linear_attention_mixer_chunked
-from .precision import without_autocast
-from .shapes import check_dtypes, check_eps, check_log_decay, check_shapes, repeat_heads
+from .precision import at_one_dtype, without_autocast
+from .shapes import check_dtypes, check_eps, check_log_decay_range, check_shapes, repeat_heads
 from .triton import support
 
 MixerResult = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -98,12 +98,14 @@ def linear_attention_mixer(
         q, k, v, gate, map_weight, q_taps, k_taps, initial_state, q_inputs, k_inputs, mask, boundaries, eps
     )
     if has_gate and not gate_is_logit:
-        _check_range(gate, min_log_decay)
+        check_log_decay_range(gate, min_log_decay, "gate")
     name = choose_backend(backend, q.device.type)
     runs_kernels = False
+    operands = q, k, v
     if name == "triton" and q.numel():
+        operands = at_one_dtype(q, k, v)
         unsupported = support.unsupported_because(
-            q, k, v, gate, map_weight, q_taps, k_taps, initial_state,
+            *operands, gate, map_weight, q_taps, k_taps, initial_state,
             feature_dim=2 * map_weight.shape[2], value_dim=v.shape[3],
         )  # fmt: skip
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q_inputs, k_inputs)):
@@ -122,7 +124,8 @@ def linear_attention_mixer(
     options |= {"initial_state": initial_state, "q_inputs": q_inputs, "k_inputs": k_inputs, "mask": mask}
     if runs_kernels:
         count_call("mixer", "triton")
-        output, state = _run_kernels(q, k, v, gate, map_weight, boundaries=boundaries, **options)
+        output, state = _run_kernels(*operands, gate, map_weight, boundaries=boundaries, **options)
+        output = output.to(v.dtype)
     else:
         with without_autocast(q):
             run = _by_the_definition if name == "reference" else linear_attention_mixer_chunked
@@ -235,22 +238,6 @@ def _check(
         "initial_state": initial_state, "q_inputs": q_inputs, "k_inputs": k_inputs,
     })  # fmt: skip
     check_eps(eps)
-
-
-def _check_range(log_decay: Tensor, min_log_decay: float) -> None:
-    """Raise ``ValueError`` where log-decays are not between their bound and 0."""
-    if torch.compiler.is_compiling() or not log_decay.numel():
-        return
-    if log_decay.is_cuda and torch.cuda.is_current_stream_capturing():
-        return
-    lowest, highest = (bound.item() for bound in torch.aminmax(log_decay.detach()))
-    check_log_decay(highest)
-    # A bound that the dtype cannot hold may have been rounded down.
-    if lowest < min_log_decay * (1 + torch.finfo(log_decay.dtype).eps):
-        raise ValueError(
-            f"gate holds log-decays down to {lowest:.3g}, below min_log_decay={min_log_decay:.3g}; clamp "
-            "them or give a lower bound."
-        )
 
 
 def _run_kernels(

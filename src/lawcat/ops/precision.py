@@ -26,6 +26,22 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def at_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k and v in the dtype that holds all of theirs: float32 for float16 beside bfloat16.
+
+    Beside a float64 they stay as they are, for a message to name the one that is.
+
+    >>> half = torch.ones(1).half()
+    >>> at_one_dtype(half, half.bfloat16(), half)[2].dtype
+    torch.float32
+    """
+    dtypes = q.dtype, k.dtype, v.dtype
+    if dtypes[0] == dtypes[1] == dtypes[2] or torch.float64 in dtypes:
+        return q, k, v
+    dtype = torch.promote_types(torch.promote_types(dtypes[0], dtypes[1]), dtypes[2])
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """Return a context in which no operation on the tensor's device is cast down.
 

@@ -111,6 +111,30 @@ def check_log_decay(highest: float) -> None:
         )
 
 
+def check_log_decay_range(log_decay: Tensor, min_log_decay: float, name: str = "log_decay") -> None:
+    """Raise ``ValueError`` where log-decays are not between their bound and 0.
+
+    Not looked for while a CUDA graph is captured, or compiled. Elsewhere a GPU is waited for.
+
+    Args:
+        log_decay: Of any shape.
+        min_log_decay: The bound.
+        name: What the caller's argument is called.
+    """
+    if torch.compiler.is_compiling() or not log_decay.numel():
+        return
+    if log_decay.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    lowest, highest = (bound.item() for bound in torch.aminmax(log_decay.detach()))
+    check_log_decay(highest)
+    # A bound that the dtype cannot hold may have been rounded down.
+    if lowest < min_log_decay * (1 + torch.finfo(log_decay.dtype).eps):
+        raise ValueError(
+            f"{name} holds log-decays down to {lowest:.3g}, below min_log_decay={min_log_decay:.3g}; clamp "
+            "them or give a lower bound."
+        )
+
+
 def repeat_heads(t: Tensor, heads: int) -> Tensor:
     """Return t [B, T, G, W] as [B, T, heads, W]: head h is that of group ``h // (heads / G)``."""
     repeats = heads // t.shape[2]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .backend import choose_backend, gated_linear_attention
+from .backend import choose_backend, count_call, no_kernel, run_recurrence
 from .precision import at_least_float32
 from .step import gated_linear_attention_step
 
@@ -241,18 +241,21 @@ def gated_linear_attention_sums(
     state = None
     if initial_state is not None:
         state = torch.cat([initial_state, initial_state[..., -1:]], dim=-1)
+    no_kernel(q.device.type, "a sliding window beside linear attention")
     if q.shape[1] == 1 and state is not None:
+        count_call("step", "torch")
         sums, state = gated_linear_attention_step(q, k, v, log_decay, state, normalize=False)
     else:
         # The others have no place for a value of this width.
         backend = "reference" if choose_backend() == "reference" else "torch"
-        sums, state = gated_linear_attention(
+        sums, state = run_recurrence(
             q,
             k,
             v,
             log_decay,
             initial_state=state,
             normalize=False,
+            eps=1e-6,
             backend=backend,
             min_log_decay=min_log_decay,
         )
