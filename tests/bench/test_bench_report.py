@@ -54,6 +54,20 @@ def test_the_table() -> None:
     assert "- softmax: out of memory (operator forward, small at 8K)" in page
     assert "- versions: torch 2" in page
     assert "- `lawcat bench`" in page
+    assert (
+        "\n## Where lawcat becomes faster\n\n- operator forward, small: lawcat (torch) is faster than "
+        "softmax from 2,048 tokens on (2x as fast at 4K)\n"
+    ) in page
+    assert "state or cache" not in page
+
+
+def test_the_column_of_states() -> None:
+    rows = [record("lawcat (torch)", 1024, 2.0, state_bytes=75_000_000), record("softmax", 1024, 1.0)]
+    page = markdown(Results({}, [], rows))
+    assert "| length | contender | ms | tokens/s | peak memory | state or cache | first" in page
+    assert "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |" in page
+    assert "| 2.00 [2.00, 2.00] | 512,000 | 2.0 MB | 75.0 MB | 0.5 | - |  |" in page
+    assert "| 1.00 [1.00, 1.00] | 1,024,000 | 2.0 MB | - | 0.5 | - |  |" in page
 
 
 def test_where_ours_becomes_faster() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from lawcat.convert.save import save_student
 from lawcat.convert.teacher import load_teacher
 from lawcat.distill.training_step import TrainingStep
 from lawcat.ops.triton import support
+from small_models import make_model
 from tiny_teachers import save_teacher
 
 CPU = torch.device("cpu")
@@ -80,12 +83,97 @@ def test_records(pair: Pair) -> None:
     assert all(record.error < 1e-4 for record in records if record.median_s)
 
 
+def test_what_is_kept_of_the_sequences(pair: Pair) -> None:
+    """A state of one size, whose bytes are worked out by hand; keys and values of every token."""
+    records = generation.measure(pair, lengths=[40, 16], batch=2, decode_batch=3, seconds=0.005)
+    config = pair.student.config
+    width, features, heads = config.head_dim, config.feature_dim, config.num_attention_heads
+    state = config.num_state_heads * features * (width + 1)
+    inputs = (config.conv_kernel_size - 1) * (heads + config.num_state_heads) * width
+    token = 2 * config.num_key_value_heads * width
+    for record in records:
+        rows, new = (2, 0) if record.measurement == "model prefill" else (3, 1)  # the cache has room for it
+        numbers = state + inputs if record.is_ours else token * (record.tokens + new)
+        expected = rows * config.num_hidden_layers * numbers * 4
+        assert record.state_bytes == (expected if record.median_s else None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "prefill_by", "reasons"),
+    [
+        (
+            {"sliding_window": 8},
+            "torch",
+            {"torch runs, not triton: there is no kernel for a sliding window beside linear attention"},
+        ),
+        (
+            {"feature_map": "untied"},
+            "triton",
+            {None, "torch runs, not triton: there is no kernel for a step with untied feature maps"},
+        ),
+        ({}, "triton", {None}),
+    ],
+    ids=str,
+)
+def test_a_figure_is_of_what_ran(
+    fields: dict[str, object], prefill_by: str, reasons: set[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's time is not called that of the kernels, whether that was warned of before or not."""
+    if reason := support.missing():
+        pytest.skip(reason)
+    monkeypatch.setattr(generation, "_CHECK_TOKENS", 9)
+    small = {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 16, "num_hidden_layers": 1}
+    student = make_model(**(small | fields))
+    for _ in range(2 if prefill_by == "torch" else 1):  # the interpreter is slow
+        records = generation.measure(
+            Pair("small", student, student), lengths=[9], seconds=0.001, backends=("triton",)
+        )
+        ours = [record for record in records if record.is_ours]
+        assert {record.reason for record in ours} == reasons
+        assert [record.backend for record in ours] == [prefill_by, "triton" if not fields else "torch"]
+        assert all(record.reason is None for record in records if not record.is_ours)
+
+
+def test_a_training_step_by_another_backend_gets_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := support.missing():
+        pytest.skip(reason)
+    monkeypatch.setattr(training, "_CHECKED_TOKENS", 9)
+    pair = random_pair("tiny", dtype=torch.float32, device=CPU)
+    student, _ = convert(pair.teacher, sliding_window=4)
+    given = Pair("tiny", student, pair.teacher)
+    records = training.measure(given, tokens=9, batch=1, seconds=0.001, backends=("triton",))
+    why = "torch runs, not triton: there is no kernel for a sliding window beside linear attention"
+    assert [(record.reason, record.backend) for record in records] == [(why, "torch")] * 2
+
+
+class Repetition:
+    """A graph that runs the function again."""
+
+    def capture(self, function: Callable[[], Any]) -> None:
+        self.function = function
+
+    def replay(self) -> Any:
+        return self.function()
+
+
+def test_replays_of_a_training_step_are_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step captures itself, which the record did not say."""
+    made = functools.partial(TrainingStep, is_queued=True, make_graph=Repetition)
+    for make, is_replayed in ((TrainingStep, False), (made, True)):
+        monkeypatch.setattr(training, "TrainingStep", make)
+        pair = random_pair("tiny", dtype=torch.float32, device=CPU)
+        records = training.measure(pair, tokens=8, batch=1, seconds=0.001)
+        assert [record.reason for record in records] == [None, None]
+        assert [record.uses_cuda_graph for record in records] == [is_replayed] * 2
+        assert all(record.peak_memory_bytes is None or record.peak_memory_bytes > 0 for record in records)
+
+
 def test_the_filled_cache_is_a_cache(pair: Pair) -> None:
     """A token after a context whose keys were computed, the row for it holding NaN before."""
     subject = next(s for s in pair.subjects() if not s.is_ours)
-    error, reason = generation._check(subject, CPU, 0)
-    assert reason is None
-    assert error < 1e-5
+    found = generation._check(subject, CPU, 0)
+    assert found.reason is None
+    assert found.error < 1e-5
 
 
 def test_a_model_that_decodes_wrongly_gets_no_figure(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

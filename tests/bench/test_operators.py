@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import types
-import warnings
 from dataclasses import replace
 
 import pytest
@@ -26,7 +25,8 @@ from lawcat.bench.mixers import (
 from lawcat.bench.shapes import MixerShape, shape_names, teacher_config
 from lawcat.errors import ConfigurationError
 from lawcat.model.attention import LawcatAttention
-from lawcat.ops import backend_names
+from lawcat.ops import backend, backend_names
+from lawcat.ops.triton import support
 from small_models import make_config
 
 CPU = torch.device("cpu")
@@ -100,13 +100,17 @@ def test_records() -> None:
         assert record.tokens_per_s == pytest.approx(done / record.median_s)
         assert record.error < 1e-5
         assert record.reason is None
+        # Of 3 sequences: 4 heads' states of 8 x 9, 3 inputs of 2 x 4 heads; keys and values of 2 heads.
+        of_ours, of_softmax = 3 * 4 * (4 * 8 * 9 + 3 * 2 * 32), 3 * 4 * 2 * 2 * 8 * record.tokens
+        expected = of_ours if record.is_ours else of_softmax
+        assert record.state_bytes == (expected if is_decode else None)
         assert record.backend == ("torch" if record.contender == "lawcat (torch)" else record.backend)
     absent = {record.contender: record.reason for record in records if record.median_s is None}
     assert absent["FlashAttention-2 (torch SDPA)"] == "runs on a GPU only"
 
 
-def contender(forward, kind: str = "linear") -> Mixer:
-    return Mixer("mine", kind, True, forward, lambda device, dtype: None)
+def contender(forward, kind: str = "linear", backend: str | None = None) -> Mixer:
+    return Mixer("mine", kind, True, forward, lambda device, dtype: None, backend)
 
 
 def only(monkeypatch: pytest.MonkeyPatch, mixer: Mixer) -> None:
@@ -149,13 +153,23 @@ def test_a_wrong_gradient_gets_no_figure(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_form_that_falls_back_gets_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forward(given: MixerInputs) -> Tensor:
-        warnings.warn("no such GPU; falling back to torch", stacklevel=1)
-        return linear_reference(given)
+    """Also the second time, when the warning is not repeated."""
 
-    only(monkeypatch, contender(forward))
-    reasons = {record.reason for record in measure(measurements=["forward"])}
-    assert reasons == {"no such GPU; falling back to torch"}
+    def forward(given: MixerInputs) -> Tensor:
+        own = next(mixer for mixer in mixers(("auto",)) if mixer.is_ours)
+        return own.forward(given.map(Tensor.double)).float()
+
+    monkeypatch.setattr(backend, "_choose", lambda *_, **__: ("triton", None))  # as "auto" on a GPU
+    monkeypatch.setattr(backend, "_fallbacks", {})
+    monkeypatch.setattr(support, "_cannot_run_on", lambda device: None)
+    only(monkeypatch, contender(forward, backend="triton"))
+    why = "q is torch.float64; the kernels take bfloat16, float16 and float32"
+    with pytest.warns(UserWarning, match=f"lawcat's kernels are not used: {why}"):
+        first = measure(measurements=["forward"])
+    second = measure(measurements=["forward"])
+    assert {record.reason for record in first + second} == {f"torch runs, not triton: {why}"}
+    only(monkeypatch, contender(forward, backend="torch"))
+    assert {record.reason for record in measure(measurements=["forward"])} == {None}
 
 
 def test_one_without_a_form_for_one_token_and_one_that_raises(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,15 +208,15 @@ def test_every_backend_is_a_contender(is_interpreted: bool, monkeypatch: pytest.
     assert [mixer.name for mixer in mixers(("reference",)) if mixer.is_ours] == ["lawcat (reference)"]
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_our_mixer_keeps_nothing_for_a_next_call(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["torch", "reference"])
+def test_our_mixer_keeps_nothing_for_a_next_call(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention beside it does not copy its cache either."""
 
     def copies(*arguments: object, **options: object) -> Tensor:
         raise AssertionError("copied")
 
     monkeypatch.setattr("lawcat.ops.fused.last_inputs", copies)
-    (mixer,) = (mixer for mixer in mixers((backend,)) if mixer.is_ours)
+    (mixer,) = (mixer for mixer in mixers((name,)) if mixer.is_ours)
     assert_near(mixer.forward(inputs()), linear_reference(inputs()), 1e-12)
 
 

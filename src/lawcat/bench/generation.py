@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -12,11 +12,13 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from lawcat.bench.limits import Limits, check_arguments
 from lawcat.bench.models import Pair, Subject
-from lawcat.bench.operators import Progress, fallback, relative_error
+from lawcat.bench.operators import Progress, relative_error
 from lawcat.bench.record import Record, records_of
 from lawcat.bench.timing import failure_reason, time_by_turns
+from lawcat.evaluation.memory import cache_bytes
 from lawcat.memory import free_memory
 from lawcat.ops import use_backend
+from lawcat.ops.backend import WhatRan, watch_calls
 
 # mypy is told to leave transformers out.
 # mypy: disallow-subclassing-any=False
@@ -125,22 +127,35 @@ def measure(
     check_arguments(device, lengths, cuda_graphs)
     subjects = pair.subjects(backends)
     checks = {subject.name: _check(subject, device, seed) for subject in subjects}
+    errors = {name: check.error for name, check in checks.items()}
     total, done = len(measurements) * len(lengths), 0
     records: list[Record] = []
     for measurement in measurements:
         limits = Limits(seconds)
         for tokens in sorted(lengths):
             size = (decode_batch or batch) if measurement == "decode" else batch
-            reasons = {name: reason or limits.reason(name, tokens) for name, (_, reason) in checks.items()}
+            reasons = {
+                name: check.reason_of(measurement) or limits.reason(name, tokens)
+                for name, check in checks.items()
+            }
             runs: dict[str, Callable[[], object]] = {}
+            kept: dict[str, int] = {}
             contexts: dict[int, FilledLayer] = {}
             for subject in subjects:
                 if reasons[subject.name] is None:
                     try:
                         runs[subject.name] = (
-                            decoding(subject, tokens, size, device, is_chained=cuda_graphs, contexts=contexts)
+                            decoding(
+                                subject,
+                                tokens,
+                                size,
+                                device,
+                                is_chained=cuda_graphs,
+                                contexts=contexts,
+                                kept=kept,
+                            )
                             if measurement == "decode"
-                            else prefill(subject, random_tokens(subject, size, tokens, device, seed))
+                            else prefill(subject, random_tokens(subject, size, tokens, device, seed), kept)
                         )
                     except Exception as error:
                         reasons[subject.name] = failure_reason(error)
@@ -150,13 +165,14 @@ def measure(
             contexts.clear()
             free_memory()
             records += records_of(
-                subjects,
+                [checks[subject.name].labelled(measurement) for subject in subjects],
                 timings,
                 reasons,
-                {name: error for name, (error, _) in checks.items()},
+                errors,
                 limits,
                 tokens=tokens,
                 num_tokens_done=size * (1 if measurement == "decode" else tokens),
+                state_bytes=kept,
                 measurement=f"model {measurement}",
                 shape=pair.name,
                 batch=size,
@@ -174,13 +190,23 @@ def random_tokens(subject: Subject, batch: int, tokens: int, device: torch.devic
     return torch.randint(3, vocabulary, (batch, tokens), generator=generator).to(device)
 
 
-def prefill(subject: Subject, tokens: Tensor) -> Callable[[], Tensor]:
-    """Return what reads a prompt and computes the last token's logits [B, 1, V]."""
+def prefill(subject: Subject, tokens: Tensor, kept: dict[str, int] | None = None) -> Callable[[], Tensor]:
+    """Return what reads a prompt and computes the last token's logits [B, 1, V].
+
+    Args:
+        subject: The model.
+        tokens: The prompt [B, T].
+        kept: Where the first call notes, by the subject's name, the bytes kept for the next token.
+    """
+    kept = {} if kept is None else kept
 
     @torch.no_grad()
     def run() -> Tensor:
         with subject.running():
-            logits: Tensor = subject.model(tokens, use_cache=True, logits_to_keep=1).logits
+            output = subject.model(tokens, use_cache=True, logits_to_keep=1)
+        if subject.name not in kept:
+            kept[subject.name] = cache_bytes(output.past_key_values)
+        logits: Tensor = output.logits
         return logits
 
     return run
@@ -194,6 +220,7 @@ def decoding(
     *,
     is_chained: bool = False,
     contexts: dict[int, FilledLayer] | None = None,
+    kept: dict[str, int] | None = None,
     seed: int = 0,
 ) -> Callable[[], Tensor]:
     """Return what computes one token after a context of so many.
@@ -205,6 +232,7 @@ def decoding(
         device: Where.
         is_chained: Keep the state at the same addresses, as replays of a CUDA graph need.
         contexts: Keys and values by layer, which several subjects share: they may fill half of a GPU.
+        kept: Where the bytes of the state, or of keys and values, are noted by the subject's name.
         seed: Of the tokens.
     """
     contexts = {} if contexts is None else contexts
@@ -220,6 +248,8 @@ def decoding(
             cache.layers[index] = contexts[index]
         else:
             layer.num_tokens = context_tokens
+    if kept is not None:
+        kept[subject.name] = cache_bytes(cache)
     return _stepping(subject, cache, prompt[:, -1:], is_chained)
 
 
@@ -246,31 +276,63 @@ def _stepping(subject: Subject, cache: Cache, token: Tensor, is_chained: bool) -
     return run
 
 
-def _check(subject: Subject, device: torch.device, seed: int) -> tuple[float | None, str | None]:
-    """Return the error of prefill and a step against one pass over all tokens, and why it has no figure."""
+@dataclass(frozen=True)
+class _Check:
+    """A subject whose results were looked at.
+
+    Attributes:
+        subject: It.
+        error: Of its logits, where there are any.
+        reason: Why it has no figure at all.
+        ran: What prefill and a step ran by.
+    """
+
+    subject: Subject
+    error: float | None = None
+    reason: str | None = None
+    ran: Mapping[Measurement, WhatRan] = field(default_factory=dict)
+
+    def reason_of(self, measurement: Measurement) -> str | None:
+        """Return why it has no figure for a measurement: it would be that of another than the one named."""
+        if self.reason is None and self.subject.backend is not None:
+            return self.ran[measurement].not_by(self.subject.backend)
+        return self.reason
+
+    def labelled(self, measurement: Measurement) -> Subject:
+        """Return the subject with what really ran as its backend."""
+        if self.subject.backend is None or measurement not in self.ran:
+            return self.subject
+        label = self.ran[measurement].label()
+        return replace(self.subject, backend=label or self.subject.backend)
+
+
+def _check(subject: Subject, device: torch.device, seed: int) -> _Check:
+    """Compare prefill and a step with one pass over all tokens."""
     if subject.reason is not None:
-        return None, subject.reason
+        return _Check(subject, reason=subject.reason)
     tokens = random_tokens(subject, 2, _CHECK_TOKENS + 1, device, seed + 1)
     try:
-        with warnings.catch_warnings(record=True) as caught, torch.no_grad():
-            warnings.simplefilter("always")
-            with subject.running():
+        with torch.no_grad():
+            with subject.running(), watch_calls() as prefill_ran:
                 cache = subject.model(tokens[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
             for index, layer in enumerate(cache.layers):
                 if getattr(layer, "keys", None) is not None:
                     room = torch.full_like(layer.keys[:, :, :1], torch.nan)
                     keys, values = (torch.cat([t, room], dim=2) for t in (layer.keys, layer.values))
                     cache.layers[index] = FilledLayer(keys, values)
-            actual = _stepping(subject, cache, tokens[:, -1:], is_chained=True)()
+            with watch_calls() as step_ran:
+                actual = _stepping(subject, cache, tokens[:, -1:], is_chained=True)()
             with subject.running(), use_backend("reference"):
                 expected = subject.model(tokens, use_cache=False, logits_to_keep=1).logits
     except Exception as error:
         free_memory()
-        return None, failure_reason(error)
-    if subject.is_ours and (text := fallback(caught)):
-        return None, text
-    error_found = relative_error(actual, expected)
+        return _Check(subject, reason=failure_reason(error))
+    found = _Check(
+        subject, relative_error(actual, expected), ran={"prefill": prefill_ran, "decode": step_ran}
+    )
     tolerance = _TOLERANCES.get(expected.dtype, 1e-6)
-    if not error_found <= tolerance:
-        return error_found, f"wrong: relative error of the logits {error_found:.2g}, allowed {tolerance:.2g}"
-    return error_found, None
+    assert found.error is not None
+    if not found.error <= tolerance:
+        text = f"wrong: relative error of the logits {found.error:.2g}, allowed {tolerance:.2g}"
+        return replace(found, reason=text)
+    return found

@@ -143,6 +143,11 @@ class Context:
         """Return the same in float64."""
         return Context(*(None if t is None else t.double() for t in vars(self).values()))  # type: ignore[arg-type]
 
+    def num_bytes(self, kind: Kind) -> int:
+        """Return the bytes of what attention of a kind keeps of these tokens."""
+        kept = (self.k, self.v) if kind == "softmax" else (self.state, self.q_inputs, self.k_inputs)
+        return sum(tensor.nbytes for tensor in kept if tensor is not None)
+
 
 def random_context(inputs: MixerInputs, tokens: int, *, seed: int = 0) -> Context:
     """Return what a random context of so many tokens leaves for the one token of ``inputs``."""

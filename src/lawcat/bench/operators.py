@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +15,7 @@ from lawcat.bench.record import Record, records_of
 from lawcat.bench.shapes import MixerShape
 from lawcat.bench.timing import failure_reason, time_by_turns
 from lawcat.memory import free_memory
+from lawcat.ops.backend import watch_calls
 
 Measurement = Literal["forward", "forward and backward", "decode"]
 MEASUREMENTS: tuple[Measurement, ...] = ("forward", "forward and backward", "decode")
@@ -140,8 +139,7 @@ def _check(
     reference = REFERENCES[mixer.kind]
     with_gradient = measurement == "forward and backward"
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with watch_calls() as ran:
             if context is None:
                 actual = _results(mixer.forward, inputs, with_gradient)
             else:
@@ -151,14 +149,10 @@ def _check(
     except Exception as error:
         free_memory()
         return _Candidate(mixer, None, failure_reason(error))
-    if mixer.is_ours and (text := fallback(caught)):
+    # The figure would be that of another than the one named.
+    if mixer.backend is not None and (text := ran.not_by(mixer.backend)):
         return _Candidate(mixer, None, text)
     return _judged(mixer, actual, expected, dtype)
-
-
-def fallback(caught: Sequence[warnings.WarningMessage]) -> str | None:
-    """Return the warning that another form ran than the one named, whose figure would be none of its own."""
-    return next((str(w.message) for w in caught if re.search(r"\bfall(s|ing)? back", str(w.message))), None)
 
 
 def _results(
@@ -243,6 +237,9 @@ def _one_length(
         except Exception as error:
             reasons[mixer.name] = failure_reason(error)
     timings = time_by_turns(runs, device, seconds=seconds, cuda_graphs=cuda_graphs)
+    kept = None
+    if context is not None:
+        kept = {candidate.mixer.name: context.num_bytes(candidate.mixer.kind) for candidate in candidates}
     runs.clear()
     free_memory()
     return records_of(
@@ -253,6 +250,7 @@ def _one_length(
         limits,
         tokens=tokens,
         num_tokens_done=batch * (1 if is_decode else tokens),
+        state_bytes=kept,
         measurement=f"operator {measurement}",
         shape=shape.name,
         batch=batch,

@@ -43,10 +43,13 @@ class Record:
         first_call_s: The first timed call. It compiles what the check before it did not, graphs too.
         tokens_per_s: Tokens read (decoding: made) a second, over the batch.
         peak_memory_bytes: The most memory in use during a call, above what was held before it.
+        state_bytes: What is kept of the sequences for the next token, state or keys and values, over the
+            batch: after the prompt, or as decoding finds it, held before its call. None where that is not
+            looked at.
         error: Relative error against the definition in float64 at a small length, by which the contender was
             admitted; None where there is no such check.
         uses_cuda_graph: Whether the call was the replay of a CUDA graph.
-        backend: Which implementation of ours ran.
+        backend: Which implementation of ours ran; both where some of it has no kernel.
         reason: Why there is no figure.
     """
 
@@ -62,6 +65,7 @@ class Record:
     first_call_s: float | None = None
     tokens_per_s: float | None = None
     peak_memory_bytes: int | None = None
+    state_bytes: int | None = None
     error: float | None = None
     uses_cuda_graph: bool = False
     backend: str | None = None
@@ -103,6 +107,7 @@ def records_of(
     *,
     tokens: int,
     num_tokens_done: int,
+    state_bytes: Mapping[str, int] | None = None,
     **fields: Any,
 ) -> list[Record]:
     """Return the records of all contenders at one length, and let the limits know what they took.
@@ -115,6 +120,7 @@ def records_of(
         limits: Of this measurement.
         tokens: Tokens of a sequence.
         num_tokens_done: Tokens that one repetition reads or makes, over the batch.
+        state_bytes: By name, what is kept of the sequences, where that is known.
         fields: The records' other fields.
     """
     records = []
@@ -131,6 +137,7 @@ def records_of(
                 error=errors[contender.name],
                 tokens=tokens,
                 num_tokens_done=num_tokens_done,
+                state_bytes=(state_bytes or {}).get(contender.name) if isinstance(timing, Timing) else None,
                 **fields,
             )
         )

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FORMATS = ("png", "svg")
+_TEXT_COLUMNS = ("contender", "backend")
 
 
 @dataclass(frozen=True)
@@ -216,32 +217,43 @@ def _by_contender(group: Sequence[Record]) -> dict[str, list[Record]]:
 def _table(group: list[Record]) -> list[str]:
     first = group[0]
     graphs = any(record.uses_cuda_graph for record in group)
+    has_state = any(record.state_bytes is not None for record in group)
+    columns = ["length", "contender", "ms", "tokens/s", "peak memory"]
+    columns += ["state or cache"] if has_state else []
+    columns += ["first timed call, s", "error", "backend"]
     lines = [
         f"## {first.measurement}, {first.shape}, batch {first.batch}",
         "",
-        "Milliseconds: median [quartiles]." + (" Replays of CUDA graphs." if graphs else ""),
+        "Milliseconds: median [quartiles]."
+        + (" Replays of CUDA graphs." if graphs else "")
+        + " Peak memory: what a call takes beside what was held before."
+        + (" State or cache: what is kept of the sequences." if has_state else ""),
         "",
-        "| length | contender | ms | tokens/s | peak memory | first timed call, s | error | backend |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | --- |",
+        f"| {' | '.join(columns)} |",
+        f"| {' | '.join('---' if name in _TEXT_COLUMNS else '---:' for name in columns)} |",
     ]
     for tokens in sorted({record.tokens for record in group}):
         for row in group:
             if row.tokens != tokens or row.median_s is None or row.quartiles_s is None:
                 continue
             low, high = row.quartiles_s
-            memory = "-" if row.peak_memory_bytes is None else human_bytes(row.peak_memory_bytes)
             cells = [
                 format_length(tokens),
                 f"**{row.contender}**" if row.is_ours else row.contender,
                 f"{_ms(row.median_s)} [{_ms(low)}, {_ms(high)}]",
                 f"{row.tokens_per_s:,.0f}",
-                memory,
+                _bytes(row.peak_memory_bytes),
+                *([_bytes(row.state_bytes)] if has_state else []),
                 f"{row.first_call_s:.2g}",
                 "-" if row.error is None else f"{row.error:.1e}",
                 row.backend or "",
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
+
+
+def _bytes(number: int | None) -> str:
+    return "-" if number is None else human_bytes(number)
 
 
 def _ms(seconds: float) -> str:

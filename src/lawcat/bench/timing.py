@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import math
 import statistics
@@ -229,8 +231,9 @@ def failure_reason(error: BaseException) -> str:
 class PeakMemory:
     """The most memory in use inside the context, above what was in use at its start.
 
-    Of a GPU what tensors take; on a CPU what the process takes from the system, which counts pages that were
-    freed and kept by the allocator as in use.
+    Of a GPU what tensors take; on a CPU what the process takes from the system. Pages that were freed and
+    kept by the allocator would count as in use, and what takes them again as nothing: glibc is made to give
+    them back.
 
     Attributes:
         peak_bytes: Known after the context; None where the system does not tell.
@@ -246,6 +249,9 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self._device)
             self._before = torch.cuda.memory_allocated(self._device)
         elif self._device.type == "cpu":
+            gc.collect()
+            with contextlib.suppress(OSError, AttributeError):  # another C library
+                ctypes.CDLL(None).malloc_trim(0)
             try:
                 _PROCESS_REFERENCES.write_text("5")  # makes the peak the present use
                 self._before = _status_bytes("VmRSS")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from lawcat.distill.trainer import AttentionTransferStage, RecoveryStage, Stage,
 from lawcat.distill.training_step import TrainingStep
 from lawcat.memory import free_memory
 from lawcat.ops import use_backend
+from lawcat.ops.backend import watch_calls
 
 # Tokens of the one sequence whose gradients are compared, since the definition goes token by token.
 _CHECKED_TOKENS = 128
@@ -40,7 +42,8 @@ def measure(
 ) -> list[Record]:
     """Return what a step of stage 1 and of stage 2 takes: losses, gradients, clipping and the optimizer.
 
-    A backend whose gradients differ from the definition's gets no figure.
+    A backend whose gradients differ from the definition's gets no figure, nor does one in whose place another
+    runs. On a GPU a step captures itself as a CUDA graph, as in a training, and replays are timed.
 
     The student trains on random tokens, so it is of no use afterwards.
 
@@ -64,12 +67,13 @@ def measure(
         ("training stage 2", lambda: _recovery(pair, tokens)),
     ]
     for done, (measurement, make) in enumerate(stages, 1):
-        runs: dict[str, Callable[[], object]] = {}
+        runs: dict[str, _Repeated] = {}
+        labels: dict[str, str] = {}
         reasons: dict[str, str] = {}
         errors: dict[str, float] = {}
         try:
             stage = make()
-            errors, reasons = _check(
+            errors, reasons, labels = _check(
                 stage, _random_batch(pair, 1, min(tokens, _CHECKED_TOKENS), device, seed), device, names
             )
             right = tuple(name for name in names if name not in reasons)
@@ -77,23 +81,24 @@ def measure(
         except Exception as error:
             reasons = dict.fromkeys(names, failure_reason(error))
         timings = time_by_turns(runs, device, seconds=seconds, is_first_call_counted=True)
+        replayed = {name for name, run in runs.items() if run.is_replayed}
         runs.clear()  # and with them the graphs, whose memory the next stage may need
         free_memory()
         for name in names:
-            records.append(
-                Record.of(
-                    timings.get(name, Failure(reasons.get(name, "not run"))),
-                    measurement=measurement,
-                    shape=pair.name,
-                    contender=f"lawcat ({name})",
-                    is_ours=True,
-                    tokens=tokens,
-                    batch=batch,
-                    num_tokens_done=batch * tokens,
-                    backend=name,
-                    error=errors.get(name),
-                )
+            record = Record.of(
+                timings.get(name, Failure(reasons.get(name, "not run"))),
+                measurement=measurement,
+                shape=pair.name,
+                contender=f"lawcat ({name})",
+                is_ours=True,
+                tokens=tokens,
+                batch=batch,
+                num_tokens_done=batch * tokens,
+                backend=labels.get(name, name),
+                error=errors.get(name),
             )
+            is_replay = record.median_s is not None and name in replayed
+            records.append(replace(record, uses_cuda_graph=is_replay))
         if progress is not None:
             progress(f"training, {pair.name}", done, len(stages))
     return records
@@ -113,15 +118,17 @@ def _random_batch(pair: Pair, batch: int, tokens: int, device: torch.device, see
 
 def _check(
     stage: Stage, batch: Batch, device: torch.device, backends: tuple[str, ...]
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Return the relative errors of all gradients by backend, and why one has no figure."""
+) -> tuple[dict[str, float], dict[str, str], dict[str, str]]:
+    """Return by backend the relative errors of all gradients, why one has no figure, and what really ran."""
     expected = _gradients(stage, batch, device, "reference")
     tolerance = _TOLERANCES[stage.student.dtype]
     errors: dict[str, float] = {}
     reasons: dict[str, str] = {}
+    labels: dict[str, str] = {}
     for name in backends:
         try:
-            errors[name] = relative_error(_gradients(stage, batch, device, name), expected)
+            with watch_calls() as ran:
+                errors[name] = relative_error(_gradients(stage, batch, device, name), expected)
         except Exception as error:
             reasons[name] = failure_reason(error)
             continue
@@ -129,7 +136,10 @@ def _check(
             reasons[name] = (
                 f"wrong: relative error of the gradients {errors[name]:.2g}, allowed {tolerance:.2g}"
             )
-    return errors, reasons
+        elif text := ran.not_by(name):
+            reasons[name] = text
+        labels[name] = ran.label() or name
+    return errors, reasons, labels
 
 
 def _gradients(stage: Stage, batch: Batch, device: torch.device, backend: str) -> Tensor:
@@ -146,30 +156,40 @@ def _gradients(stage: Stage, batch: Batch, device: torch.device, backend: str) -
 
 def _steps(
     stage: Stage, batch: Batch, device: torch.device, backends: tuple[str, ...]
-) -> dict[str, Callable[[], object]]:
+) -> dict[str, _Repeated]:
     """Return what does a step, by the name of the backend."""
     step = TrainingStep(stage, Workers(OneProcess(device)))
-
-    def run() -> object:
-        # So low a rate that the student stays where it is, however often the step is repeated.
-        return step(batch, learning_rate_factor=1e-6).tensors()["loss"].item()  # as the training log does
-
-    return {name: _with_backend(run, name) for name in backends}
+    return {name: _Repeated(step, batch, name) for name in backends}
 
 
-def _with_backend(step: Callable[[], object], name: str) -> Callable[[], object]:
-    is_first = True
+class _Repeated:
+    """One step of a stage by a backend, again and again."""
 
-    def run() -> object:
-        nonlocal is_first
-        with use_backend(name):
+    def __init__(self, step: TrainingStep, batch: Batch, backend: str) -> None:
+        self._step, self._batch, self._backend = step, batch, backend
+        self._is_first, self._is_captured = True, False
+
+    @property
+    def is_replayed(self) -> bool:
+        """Whether its calls replay a CUDA graph, which may be given up where memory runs out."""
+        return self._is_captured and self._step.num_graphs > 0
+
+    def __call__(self) -> object:
+        with use_backend(self._backend):
+            if not self._is_first:
+                return self._run()
             # On a GPU a step is captured when it has run a few times.
-            for _ in range(STEPS_BEFORE_CAPTURE if is_first else 0):
-                step()
-            is_first = False
-            return step()
+            self._is_first, num_graphs = False, self._step.num_graphs
+            for _ in range(STEPS_BEFORE_CAPTURE):
+                self._run()
+            result = self._run()
+            self._is_captured = self._step.num_graphs > num_graphs
+            return result
 
-    return run
+    def _run(self) -> object:
+        # So low a rate that the student stays where it is, however often the step is repeated.
+        measured = self._step(self._batch, learning_rate_factor=1e-6)
+        return measured.tensors()["loss"].item()  # as the training log does
 
 
 class OneProcess:

@@ -57,11 +57,15 @@ class WhatRan:
     backends: set[str] = field(default_factory=set)
     reasons: list[str] = field(default_factory=list)
 
+    def label(self) -> str:
+        """Return the names of those that ran as one; empty where nothing was counted."""
+        return " and ".join(sorted(self.backends))
+
     def not_by(self, name: str) -> str | None:
         """Return what ran instead of a backend, and why; None where that did, or nothing was counted."""
         if not self.backends or name in self.backends:
             return None
-        text = f"{' and '.join(sorted(self.backends))} runs, not {name}"
+        text = f"{self.label()} runs, not {name}"
         return text + (f": {'; '.join(self.reasons)}" if self.reasons else "")
 
 
