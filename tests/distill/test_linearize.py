@@ -486,7 +486,7 @@ def test_an_error_ends_the_processes_that_make_data(run: TinyRun, monkeypatch: p
     monkeypatch.setattr(Mixture, "batches", batches)
     monkeypatch.setattr(linearize_module.AttentionTransferStage, "backward", broken)
     with pytest.raises(RuntimeError, match="unspecified launch failure") as told:
-        run("broken")
+        run("broken", attention_transfer__steps=1000)  # more than pipes hold
     assert told.value.__traceback__ is not None
     left = multiprocessing.active_children()
     for process in left:

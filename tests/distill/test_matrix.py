@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from tiny_runs import (
     TinyRun,
     assert_same_student,
@@ -24,8 +25,9 @@ from tiny_runs import (
 import lawcat.distill.linearize as linearize_module
 import lawcat.distill.matrix as matrix_module
 from comparison import assert_near
+from lawcat.convert.teacher import resolve_teacher
 from lawcat.distill.linearize import linearize
-from lawcat.distill.matrix import MatrixResult, linearize_matrix, matrix_table, plan
+from lawcat.distill.matrix import MatrixResult, _write_record, linearize_matrix, matrix_table, plan
 from lawcat.distill.recipe import Matrix, Recipe, Variant
 from lawcat.errors import ConfigurationError
 from tiny_teachers import save_teacher
@@ -324,6 +326,31 @@ def test_two_processes_that_train_together(run: TinyRun, capfd: pytest.CaptureFi
         expected = tensors_of(one.path / name)
         for key, tensor in tensors_of(run.place / "two together" / name).items():
             assert_near(tensor, expected[key], 1e-4, key, least_scale=0.1)
+
+
+def test_two_processes_that_train_together_pass_one_over(
+    run: TinyRun, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Together: one alone would train the next variant with what the other sends of this one."""
+    matrix = {"plain": {}, "no-conv": {"model.use_conv": False}}
+    settings = {"recovery.steps": 2, "recovery.carried_segments": 0}
+    recipe = recipe_of(run, matrix).with_overrides(settings)
+    out = run.place / "one over"
+    training = out / "plain.training"
+    training.mkdir(parents=True)
+    _write_record(out, recipe, resolve_teacher(str(run.teacher)).fingerprint, [])
+
+    def work(rank: int) -> None:
+        train(run, "one over", recipe, message=print)
+
+    with FileLock(training / "lock"):
+        run.in_two_processes(work, free_port())
+    told = capfd.readouterr().out
+    assert told.count("plain: another process is training") == 1, told
+    assert (out / "no-conv" / "model.safetensors").is_file()
+    assert not (out / "plain").exists()
+    one = train(run, "one over", recipe)
+    assert states(one) == {"plain": "finished", "no-conv": "finished"}
 
 
 def test_text_of_the_teacher_is_sampled_once_for_all(

@@ -6,9 +6,11 @@ import contextlib
 import functools
 import itertools
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +245,20 @@ def exchange(rank: int) -> None:
 
 def test_what_processes_exchange() -> None:
     in_two_processes(exchange, free_port())
+
+
+def wait_for_the_first(rank: int) -> None:
+    """Wait for one that does alone what takes longer than an exchange may, as reading text does."""
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=1))
+    workers = Workers(Accelerator(cpu=True))
+    if workers.is_main:
+        time.sleep(2.5)
+    workers.wait()
+    assert workers.any(rank == 1)
+
+
+def test_the_first_process_may_take_its_time() -> None:
+    in_two_processes(wait_for_the_first, free_port())
 
 
 def test_a_run_ends_in_every_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

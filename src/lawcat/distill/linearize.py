@@ -154,9 +154,14 @@ def linearize(
             if workers.is_main:
                 _remove_rest(directory, training)
             return LinearizeResult(directory, is_reused=True)
+        busy: BusyError | None = None
         if workers.is_main:
-            _prepare(directory, training, settings, identity, source.name, held)
-        workers.wait()
+            try:
+                _prepare(directory, training, settings, identity, source.name, held)
+            except BusyError as error:
+                busy = error
+        if workers.any(busy is not None):  # which all must know: a matrix goes on with its next variant
+            raise busy or BusyError(f"another process is at work in {directory}.")
 
         started = time.perf_counter()
         base = load_teacher(source)

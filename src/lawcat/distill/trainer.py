@@ -12,6 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -44,6 +45,7 @@ from lawcat.model.modeling_lawcat import LawcatForCausalLM
 
 # Gate statistics read every channel of every token: taken now and then, not at each step.
 _GATE_STATISTICS_EVERY = 10
+_LONGEST_WAIT = timedelta(days=7)
 
 
 class Stage(Protocol):
@@ -252,15 +254,15 @@ class Workers:
     """The processes that train together, one a device; accelerate started them, or there is just this one."""
 
     def __init__(self, accelerator: Any) -> None:
-        self._accelerator = accelerator
         self.device: torch.device = accelerator.device
         self.count: int = accelerator.num_processes
         self.index: int = accelerator.process_index
         self.is_main: bool = accelerator.is_main_process
-        # What GPUs exchange comes after all that they have queued, and the CPU would wait for it.
+        # What GPUs exchange comes after all that they have queued, and the CPU would wait for it. Nor may
+        # such an exchange take longer than some minutes, and what the first process does alone may.
         self._between_cpus: Any = None
-        if self.count > 1 and self.device.type != "cpu":
-            self._between_cpus = torch.distributed.new_group(backend="gloo")
+        if self.count > 1:
+            self._between_cpus = torch.distributed.new_group(backend="gloo", timeout=_LONGEST_WAIT)
 
     def add_up(self, tensor: Tensor) -> Tensor:
         """Return a tensor of this process's device when it has become its sum over all processes."""
@@ -277,8 +279,8 @@ class Workers:
         return bool(number)
 
     def wait(self) -> None:
-        """Wait until every process is here."""
-        self._accelerator.wait_for_everyone()
+        """Wait until every process is here, be it for hours, as where the first one reads text."""
+        self.any(False)
 
 
 class Interruption:
