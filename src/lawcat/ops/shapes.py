@@ -114,14 +114,15 @@ def check_log_decay(highest: float) -> None:
 def check_log_decay_range(log_decay: Tensor, min_log_decay: float, name: str = "log_decay") -> None:
     """Raise ``ValueError`` where log-decays are not between their bound and 0.
 
-    Not looked for while a CUDA graph is captured, or compiled. Elsewhere a GPU is waited for.
+    Not looked for while a CUDA graph is captured, or compiled, or without data (on the meta device). Elsewhere a
+    GPU is waited for.
 
     Args:
         log_decay: Of any shape.
         min_log_decay: The bound.
         name: What the caller's argument is called.
     """
-    if torch.compiler.is_compiling() or not log_decay.numel():
+    if torch.compiler.is_compiling() or not log_decay.numel() or log_decay.is_meta:
         return
     if log_decay.is_cuda and torch.cuda.is_current_stream_capturing():
         return
