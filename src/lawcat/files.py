@@ -129,6 +129,17 @@ def temporary_sibling(path: str | os.PathLike[str]) -> Path:
     return target.with_name(f".{target.name}.tmp-{os.getpid()}-{_PROCESS}-{next(_COUNT)}")
 
 
+def is_being_written(path: Path) -> bool:
+    """Return whether this is what a process writes at the moment, or wrote when it was killed.
+
+    >>> is_being_written(temporary_sibling("model.json"))
+    True
+    >>> is_being_written(Path("model.json"))
+    False
+    """
+    return _TEMPORARY.match(path.name) is not None
+
+
 def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
     """Remove temporaries that processes which are no more left in `folder`; return their paths."""
     removed = []
@@ -392,6 +403,7 @@ __all__ = [
     "clear_write_errors",
     "fsync_directory",
     "human_bytes",
+    "is_being_written",
     "remove_directory",
     "remove_leftovers",
     "sha256_file",

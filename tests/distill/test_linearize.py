@@ -413,6 +413,15 @@ def test_a_place_that_is_taken(run: TinyRun, tmp_path: Path, monkeypatch: pytest
             linearize("no/such-teacher", tmp_path / "folder", recipe)
 
 
+def test_a_place_where_another_process_begins(run: TinyRun, whole: Path) -> None:
+    """Or was killed as it did, and its number is another one's now."""
+    training = training_folder(run, "begun")
+    training.mkdir()
+    (training / ".lawcat_run.json.tmp-1-00000000-0").write_text("{")
+    run("begun")
+    assert_finished(run, "begun", whole)
+
+
 def test_a_run_with_another_recipe_or_teacher_or_data(run: TinyRun, tmp_path: Path, whole: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run("mine", progress=at(1, 3, send(signal.SIGINT)))

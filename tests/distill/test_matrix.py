@@ -397,6 +397,16 @@ def test_a_place_that_is_taken(run: TinyRun, tmp_path: Path, whole: MatrixResult
         linearize_matrix(str(other), whole.path, recipe_of(run))
 
 
+def test_a_place_where_another_process_begins(run: TinyRun) -> None:
+    """Or was killed as it did."""
+    out = run.place / "begun"
+    out.mkdir()
+    (out / ".matrix.json.tmp-1-00000000-0").write_text("{")
+    settings = {"attention_transfer.steps": 1, "recovery.steps": 0}
+    result = train(run, "begun", recipe_of(run, {"plain": {}}).with_overrides(settings))
+    assert states(result) == {"plain": "finished"}
+
+
 def test_a_changed_recipe_does_not_overwrite(run: TinyRun) -> None:
     train(run, "changed", variants=["plain"])
     result = train(run, "changed", variants=["plain"], **{"recovery.steps": 2})

@@ -56,7 +56,13 @@ from lawcat.distill.trainer import (
 )
 from lawcat.distill.training_log import TrainingLog, read_log
 from lawcat.errors import BusyError, CheckpointError, ConfigurationError, MissingDependencyError
-from lawcat.files import clear_write_errors, remove_directory, remove_leftovers, write_atomic
+from lawcat.files import (
+    clear_write_errors,
+    is_being_written,
+    remove_directory,
+    remove_leftovers,
+    write_atomic,
+)
 from lawcat.model.configuration_lawcat import LINEAR, OPERATOR_FIELDS
 from lawcat.model.modeling_lawcat import LawcatForCausalLM, LawcatModel
 from lawcat.versions import versions
@@ -473,7 +479,7 @@ def _clear(training: Path) -> None:
 
 def _check_empty(training: Path) -> None:
     remove_leftovers(training)
-    if any(path.name != LOCK_NAME for path in training.iterdir()):
+    if any(path.name != LOCK_NAME and not is_being_written(path) for path in training.iterdir()):
         raise ConfigurationError(
             f"{training}, where training keeps its state, exists and is not of a run of lawcat; nothing was "
             "overwritten. Choose another output directory, or move that one away."

@@ -26,7 +26,7 @@ from lawcat.distill.text import Progress
 from lawcat.errors import BusyError, ConfigurationError, LawcatError
 from lawcat.evaluation.lengths import format_length
 from lawcat.evaluation.report import write_report
-from lawcat.files import write_atomic
+from lawcat.files import is_being_written, write_atomic
 from lawcat.memory import free_memory
 
 MATRIX_NAME = "matrix.json"
@@ -233,7 +233,7 @@ def _read_record(directory: Path) -> dict[str, Any] | None:
             return dict(record)
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    if directory.is_dir() and not any(directory.iterdir()):
+    if directory.is_dir() and all(is_being_written(path) for path in directory.iterdir()):
         return None
     raise ConfigurationError(
         f"{directory} exists and does not hold the students of a matrix; nothing was overwritten. Choose "
