@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -114,8 +115,8 @@ def check_log_decay(highest: float) -> None:
 def check_log_decay_range(log_decay: Tensor, min_log_decay: float, name: str = "log_decay") -> None:
     """Raise ``ValueError`` where log-decays are not between their bound and 0.
 
-    Not looked for while a CUDA graph is captured, or compiled, or without data (on the meta device). Elsewhere a
-    GPU is waited for.
+    Not looked for while a CUDA graph is captured, or compiled, or on the meta device. Elsewhere a GPU is
+    waited for.
 
     Args:
         log_decay: Of any shape.
