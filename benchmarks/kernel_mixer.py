@@ -2,6 +2,7 @@
 
     python benchmarks/kernel_mixer.py --parts correctness,forward,split,first
     python benchmarks/kernel_mixer.py --parts sweep --lengths 2048,8192,32768
+    python benchmarks/kernel_mixer.py --parts candidates --lengths 2048,4096,8192,32768 --json out.json
     python benchmarks/kernel_mixer.py --parts training --lengths 1024,8192
     ncu --profile-from-start off python benchmarks/kernel_mixer.py --parts profile --lengths 32768
 
@@ -16,6 +17,7 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -312,7 +314,10 @@ def table_configuration(shape: Shape) -> Configuration:
 
 
 def prepared_candidates(shape: Shape) -> list[Configuration]:
-    """Return configurations with features made once, the i-th tuning of each kernel together."""
+    """Return configurations with features made once, the i-th tuning of each kernel together.
+
+    The scan has a launch of its own, so that each kernel has its time.
+    """
     found = []
     for values in (64, 128)[: shape.width // 64]:
         chunk = 64
@@ -324,7 +329,7 @@ def prepared_candidates(shape: Shape) -> list[Configuration]:
                     sub_block=sub_block_tokens(-2.5, chunk), segment=max(chunk, 256),
                     query_features=Tuning(4, 1, q_registers), key_features=Tuning(4, 1, k_registers),
                     feature_taps=taps, feature_chunks=run,
-                    query_heads=queries, key_heads=keys,
+                    query_heads=queries, key_heads=keys, scan_with_queries=False,
                     state=Tuning(*STATE[i % len(STATE)]), output=Tuning(*OUTPUT[i % len(OUTPUT)]),
                 )
             )  # fmt: skip
@@ -376,18 +381,21 @@ def compile_share(arguments: argparse.Namespace) -> None:
             print(f"D=F={shape.width} {brief(configuration)}: {type(error).__name__}", flush=True)
 
 
+def tuning(t: Tuning) -> str:
+    """Return warps, stages and registers in a word."""
+    return f"{t.warps}/{t.stages}/{t.registers or '-'}"
+
+
 def brief(c: Configuration) -> str:
     """Return a configuration in a line."""
-
-    def tuning(t: Tuning) -> str:
-        return f"{t.warps}/{t.stages}/{t.registers or '-'}"
-
     if c.is_prepared:
         return (
             f"prepared, chunk {c.chunk}, segment {c.segment}, values {c.value_block}, "
             f"features {tuning(c.query_features)} {tuning(c.key_features)} "
             f"taps {c.feature_taps} run {c.feature_chunks} heads {c.query_heads} {c.key_heads}, "
             f"state {tuning(c.state)}, output {tuning(c.output)}"
+            + ", scan with queries"
+            * c.scan_with_queries
         )
     return (
         f"fused, chunk {c.chunk}, segment {c.segment}, values {c.value_block}, state {tuning(c.state)}, "
@@ -423,8 +431,8 @@ def sweep(arguments: argparse.Namespace) -> None:
     print("\n".join(table))
 
 
-def _is_late(arguments: argparse.Namespace, started: float) -> bool:
-    late = time.perf_counter() - started > arguments.seconds
+def _is_late(arguments: argparse.Namespace, started: float, seconds: float = 220) -> bool:
+    late = time.perf_counter() - started > (arguments.seconds or seconds)
     if late:
         print("out of time", flush=True)
     return late
@@ -471,7 +479,8 @@ def _sweep_forward(width: int, arguments: argparse.Namespace, started: float, ta
         features, state, _, output = (best[chunk, values, kernel][1] for kernel in KERNELS)
         combined.append(
             replace(
-                features, state=state.state, output=output.output
+                features, state=state.state, output=output.output,
+                scan_with_queries=table_configuration(shape).scan_with_queries,
             )
         )  # fmt: skip
     for tokens in arguments.lengths:
@@ -539,6 +548,177 @@ def _sweep_gradients(shape: Shape, arguments: argparse.Namespace, started: float
         )
 
 
+# What each field of the table's configuration is replaced with, one at a time.
+NEIGHBOURS: dict[str, list[Any]] = {
+    "segment": [192, 256, 320, 384, 448, 512, 640, 768, 1024, 2048],
+    "feature_chunks": [1, 2, 3, 4, 8],
+    "key_heads": [1, 2, 4],
+    "feature_taps": [0, 1, 2, 4],
+    "query_features": [Tuning(4, 1, registers) for registers in (None, 128, 168)],
+    "key_features": [Tuning(4, 1, registers) for registers in (None, 128, 168)],
+    "state": [Tuning(4, 1), Tuning(4, 2), Tuning(4, 3), Tuning(8, 1), Tuning(8, 2)],
+    "output": [Tuning(4, 2), Tuning(4, 3), Tuning(8, 2), Tuning(8, 3)],
+    "scan_with_queries": [False, True],
+}
+CANDIDATE_SECONDS = 100
+
+
+def candidates(shape: Shape) -> dict[str, Configuration]:
+    """Return the table's configuration, as "table", and after it those one change away, by that change."""
+    table = table_configuration(shape)
+    found = {"table": table}
+    for field, values in NEIGHBOURS.items():
+        for value in values:
+            if value != getattr(table, field):
+                text = tuning(value) if isinstance(value, Tuning) else value
+                found[f"{field} {text}"] = replace(table, **{field: value})
+    if shape.width <= 64:
+        for segment in (384, 512):
+            name = f"scan_with_queries True, segment {segment}"
+            found[name] = replace(table, scan_with_queries=True, segment=segment)
+    return found
+
+
+def _compiled_alike(configuration: Configuration) -> Configuration:
+    """Return the one that stands for all that are compiled to the same kernels."""
+    # Of a segment's length, only the scan beside the features of q has something compiled in.
+    chunks = configuration.segment // configuration.chunk if configuration.scan_with_queries else 1
+    return replace(configuration, segment=configuration.chunk << (chunks - 1).bit_length())
+
+
+def _compile_candidates(arguments: argparse.Namespace) -> None:
+    """Compile every n-th candidate, of all lengths, and leave: what a helper process does."""
+    index, count = map(int, arguments.share.split("/"))
+    jobs = {
+        (shape.width, _compiled_alike(configuration)): name
+        for shape in candidate_shapes(arguments)
+        for name, configuration in candidates(shape).items()
+    }
+    for (width, configuration), name in list(jobs.items())[index::count]:
+        try:
+            run_kernels(Shape(256, width).tensors(), configuration)
+            torch.cuda.synchronize()
+        except Exception as error:
+            print(f"D=F={width} {name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+            if "CUDA" in str(error):  # nothing runs in this process any more
+                return
+
+
+def candidate_shapes(arguments: argparse.Namespace) -> list[Shape]:
+    """Return the shapes that candidates are timed at."""
+    return [Shape(tokens, width) for tokens in arguments.lengths for width in arguments.widths]
+
+
+def time_candidates(arguments: argparse.Namespace) -> None:
+    """Time configurations beside the table's, each checked against it first, and FlashAttention-2.
+
+    One that does not compile or is wrong is named and left out. Where the GPU itself fails, what was
+    measured until then is printed and written.
+    """
+    if arguments.share:
+        _compile_candidates(arguments)
+        return
+    started = time.perf_counter()
+    count = min(16, os.cpu_count() or 1)
+    command = [sys.executable, __file__, "--parts", "candidates"]
+    for option in ("widths", "lengths"):
+        command += [f"--{option}", ",".join(map(str, getattr(arguments, option)))]
+    helpers = [subprocess.Popen([*command, "--share", f"{i}/{count}"]) for i in range(count)]
+    until = started + 0.6 * (arguments.seconds or CANDIDATE_SECONDS)
+    for helper in helpers:
+        try:
+            helper.wait(max(1.0, until - time.perf_counter()))
+        except subprocess.TimeoutExpired:
+            helper.kill()
+    print(f"\n# candidates; compiled in {time.perf_counter() - started:.0f} s", flush=True)
+    rows: list[dict[str, Any]] = []
+    RESULTS["candidates"] = rows
+    failed: set[tuple[int, str]] = set()
+    try:
+        with torch.no_grad():
+            for shape in candidate_shapes(arguments):
+                _time_candidates_of(shape, arguments, started, failed, rows)
+    except Exception as error:  # of the GPU: nothing runs any more
+        print(f"stopped: {type(error).__name__}: {str(error)[:300]}", flush=True)
+    _print_candidates(rows)
+
+
+def _strong(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the same with every other channel of a third of the tokens decaying as the bound allows."""
+    gate = tensors["gate"].clone()
+    tokens = gate.shape[1]
+    gate[:, tokens // 3 : 2 * tokens // 3, :, ::2] = -100.0
+    return {**tensors, "gate": gate}
+
+
+def _time_candidates_of(
+    shape: Shape, arguments: argparse.Namespace, started: float, failed: set[tuple[int, str]],
+    rows: list[dict[str, Any]],
+) -> None:  # fmt: skip
+    if _is_late(arguments, started, CANDIDATE_SECONDS):
+        return
+    found = candidates(shape)
+    tensors, short = shape.tensors(), Shape(1000, shape.width).tensors()  # no multiple of anything
+    checks = [(t, run_kernels(t, found["table"])) for t in (short, _strong(short), tensors)]
+    theirs = milliseconds(flash(tensors), 5 if shape.tokens > 16384 else 20, graph=True)
+    size = {"width": shape.width, "tokens": shape.tokens}
+    rows.append({**size, "name": "FlashAttention-2", "milliseconds": theirs})
+    # The table's is timed again at the end: how far times drift.
+    for name, configuration in [*found.items(), ("table again", found["table"])]:
+        if (shape.width, name) in failed:
+            continue
+        if _is_late(arguments, started, CANDIDATE_SECONDS):
+            return
+        call = functools.partial(run_kernels, tensors, configuration)
+        try:
+            errors = [_candidate_error(run_kernels(t, configuration), expected) for t, expected in checks]
+            if not all(error < 1e-2 for error in errors):
+                failed.add((shape.width, name))
+                print(f"WRONG D=F={shape.width} T={shape.tokens}: {name}: {errors}", flush=True)
+                continue
+            times = milliseconds(call, 20, graph=True)
+            split = kernel_split(call, 3) if arguments.with_split else {}
+        except Exception as error:
+            failed.add((shape.width, name))
+            print(f"FAILED D=F={shape.width} {name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+            if "CUDA error" in str(error):
+                raise
+            continue
+        rows.append(
+            {
+                **size, "name": name, "milliseconds": times,
+                "of FlashAttention-2": times["median"] / theirs["median"],
+                "errors": errors, "kernels": split, "configuration": repr(configuration),
+            }
+        )  # fmt: skip
+        if arguments.json:
+            arguments.json.write_text(json.dumps(RESULTS, indent=1))
+
+
+def _candidate_error(found: kernels.Forward, expected: kernels.Forward) -> float:
+    """Return the larger of the rms errors of output and final state, NaN where anything is not finite."""
+    pairs = (found.output, expected.output), (found.final, expected.final)
+    errors = [relative_error(actual, wanted)["rms"] for actual, wanted in pairs]
+    return float("nan") if any(math.isnan(error) for error in errors) else max(errors)
+
+
+def _print_candidates(rows: list[dict[str, Any]]) -> None:
+    """Print the split of the kernels, and last a table of all medians."""
+    for row in rows:
+        if row.get("kernels"):
+            cells = ", ".join(f"{k.removesuffix('_kernel')} {v}" for k, v in row["kernels"].items())
+            print(f"D=F={row['width']} T={row['tokens']} {row['name']}: {cells}")
+    for width in dict.fromkeys(row["width"] for row in rows):
+        of_width = [row for row in rows if row["width"] == width]
+        lengths = list(dict.fromkeys(row["tokens"] for row in of_width))
+        medians = {(r["name"], r["tokens"]): r["milliseconds"]["median"] for r in of_width}
+        print(f"\n| D = F = {width}, ms | " + " | ".join(map(str, lengths)) + " |")
+        print("| --- |" + " ---: |" * len(lengths))
+        for name in dict.fromkeys(row["name"] for row in of_width):
+            cells = [f"{medians[name, t]:.4f}" if (name, t) in medians else "" for t in lengths]
+            print(f"| {name} | " + " | ".join(cells) + " |")
+
+
 def first(arguments: argparse.Namespace) -> None:
     """Time the first call, and the first with gradients, in a fresh process with nothing compiled."""
     if arguments.share:
@@ -599,6 +779,7 @@ PARTS = {
     "split": split,
     "training": training,
     "sweep": sweep,
+    "candidates": time_candidates,
     "first": first,
     "profile": profile,
 }
@@ -622,7 +803,11 @@ def main() -> None:
         "--design", choices=("table", "fused", "prepared"), default="table",
         help="what correctness, forward, split, training and first run, in place of the table's",
     )  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=220, help="the sweep stops after so long")
+    parser.add_argument("--with-split", action="store_true", help="candidates by kernel too")
+    parser.add_argument(
+        "--seconds", type=float,
+        help=f"the sweep stops after so long (220), and so do candidates ({CANDIDATE_SECONDS})",
+    )  # fmt: skip
     parser.add_argument("--share", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument(

@@ -2,7 +2,7 @@
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/kernel_sanitizer.py
 
-    compute-sanitizer --tool racecheck python benchmarks/kernel_sanitizer.py --designs prepared --no-padded
+    compute-sanitizer --tool racecheck python benchmarks/kernel_sanitizer.py --designs prepared --widths 128
 
 Without the caching allocator each tensor is an allocation of its own, so that one element too far is seen.
 """
@@ -10,7 +10,6 @@ Without the caching allocator each tensor is an allocation of its own, so that o
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -48,10 +47,20 @@ def inputs(batch: int, tokens: int, width: int, features: int, gate_scale: float
 
 def with_design(table: Configuration, is_prepared: bool) -> Configuration:
     """Return the configuration in one design or the other, in short segments."""
+    # Where the scan completes what the chunks of a segment read, there are several.
+    segment = 128 if is_prepared and table.scan_with_queries else 64
     chunk = 64 if is_prepared else table.chunk
-    return replace(
-        table, is_prepared=is_prepared, chunk=chunk, segment=64, value_block=min(64, table.value_block)
-    )  # fmt: skip
+    values = table.value_block if is_prepared else min(64, table.value_block)
+    return replace(table, is_prepared=is_prepared, chunk=chunk, segment=segment, value_block=values)
+
+
+def parse_widths(text: str) -> list[tuple[int, int]]:
+    """Return the widths that an option names: "64,80x48" for D = F = 64, and D = 80 with F = 48."""
+    found = []
+    for part in text.split(","):
+        width, _, features = part.partition("x")
+        found.append((int(width), int(features or width)))
+    return found
 
 
 def main() -> None:
@@ -61,19 +70,23 @@ def main() -> None:
     )
     parser.add_argument("--designs", default="fused,prepared", help="of the forward kernels")
     parser.add_argument(
-        "--padded",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="widths that are no power of two, too",
+        "--widths",
+        type=parse_widths,
+        help="D, or DxF: 64,80x48 of the fused design, 64,80x48,128 of the prepared one",
     )
     arguments = parser.parse_args()
     designs = [design == "prepared" for design in arguments.designs.split(",")]
-    widths = ((64, 64), (80, 48)) if arguments.padded else ((64, 64),)
     # Apart, so that what is written beside one is not in another.
     mixer.workspace = lambda sizes, dtype, device: [
         torch.empty(size, dtype=dtype, device=device) for size in sizes
     ]
-    for is_prepared, (width, features), strong in itertools.product(designs, widths, (False, True)):
+    cases = [
+        (is_prepared, *widths, strong)
+        for is_prepared in designs
+        for widths in arguments.widths or parse_widths("64,80x48,128" if is_prepared else "64,80x48")
+        for strong in (False, True)
+    ]
+    for is_prepared, width, features, strong in cases:
         mixer.choose_configuration = lambda *a, p=is_prepared: with_design(choose_configuration(*a), p)
         tensors = inputs(2, 133, width, features, 100.0 if strong else 1.0)
         leaves = {name: t.requires_grad_() for name, t in tensors.items()}

@@ -209,6 +209,20 @@ def test_a_state_of_zeros_gives_the_value() -> None:
     assert_near(output.cpu(), arguments["v"].cpu().repeat_interleave(group, dim=2), 1e-4, "output")
 
 
+@pytest.mark.parametrize("gate", ["channel", "head"])
+def test_nan_shows(gate: str) -> None:
+    """A NaN in a gate, which its bound must not hide, reaches its heads' outputs and state; no other's."""
+    layer = Layer(Case(H=4, G=2, gate=gate))
+    arguments = layer.arguments(*layer.projections())
+    assert arguments["gate_logits"] is not None
+    arguments["gate_logits"][0, 0, 0, -1] = torch.nan
+    output = decode_step(**arguments)
+    assert output[0, 0, :2].isnan().all()
+    assert output[0, 0, 2:].isfinite().all()
+    assert arguments["state"][0, :2].isnan().any()
+    assert arguments["state"][0, 2:].isfinite().all()
+
+
 def test_projections_of_one_matrix_product() -> None:
     """q, k and v as slices of one tensor, whose rows are longer than they are."""
     layer = Layer(Case(B=2))

@@ -93,6 +93,16 @@ def test_heads(heads: int, kv_heads: int, state_heads: int) -> None:
     check_forward(MixerCase(17, heads=heads, kv_heads=kv_heads, state_heads=state_heads, taps=2))
 
 
+# The designs of the forward.
+DESIGNS: dict[str, dict[str, Any]] = {
+    "fused": {"is_prepared": False},
+    "prepared": {"is_prepared": True, "scan_with_queries": False},
+    "scan with queries": {"is_prepared": True, "scan_with_queries": True},
+}
+PREPARED = ["prepared", "scan with queries"]
+
+
+@pytest.mark.parametrize("design", PREPARED)
 @pytest.mark.parametrize(
     ("fields", "configuration"),
     [
@@ -112,26 +122,48 @@ def test_heads(heads: int, kv_heads: int, state_heads: int) -> None:
         ({"batch": 2, "padding": 19, "taps": None}, {"segment": 32}),
         ({"batch": 2, "padding": 7}, {"feature_taps": 0}),
         ({"boundaries": (0, 1, 3, 20, 37)}, {"chunk": 32, "segment": 32}),
+        ({"boundaries": (0, 2, 37), "width": 12, "feature_dim": 20}, {"chunk": 16, "segment": 32}),
+        ({"gate_scale": 3.0}, {"chunk": 16, "segment": 48}),
+        ({"batch": 2, "padding": 7, "has_state": False}, {"chunk": 16, "segment": 32}),
     ],
     ids=str,
 )
 def test_features_made_once(
-    monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], configuration: dict[str, Any]
+    monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], configuration: dict[str, Any], design: str
 ) -> None:
-    configure(monkeypatch, is_prepared=True, **configuration)
+    configure(monkeypatch, **DESIGNS[design], **configuration)
     # Decays are rounded before they are multiplied with features; no table entry takes this form for float32.
     check_forward(MixerCase(37, **({"taps": 2} | fields)), tolerance=2e-5)
 
 
-def test_gradients_after_features_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    configure(monkeypatch, is_prepared=True)
+@pytest.mark.parametrize("design", PREPARED)
+def test_gradients_after_features_made_once(monkeypatch: pytest.MonkeyPatch, design: str) -> None:
+    configure(monkeypatch, **DESIGNS[design])
     check(MixerCase(20, taps=2))
 
 
-@pytest.mark.parametrize("is_prepared", [False, True])
+@pytest.mark.parametrize("is_logit", [True, False])
+@pytest.mark.parametrize("design", DESIGNS)
+def test_nan_shows(monkeypatch: pytest.MonkeyPatch, design: str, is_logit: bool) -> None:
+    """A NaN in a gate reaches all outputs of its heads from its token on, and its gradient; no others."""
+    configure(monkeypatch, **DESIGNS[design], segment=16)
+    case = MixerCase(40, heads=4, kv_heads=2, state_heads=4, taps=2, gate_is_logit=is_logit)
+    tensors = case.tensors(torch.float32, DEVICE)
+    with torch.no_grad():
+        tensors["gate"][0, 20, 0, 1] = torch.nan
+    output = kernels(**tensors, **case.options())[0]
+    assert output[0, 20:, :2].isnan().all()
+    assert output[:, :, 2:].isfinite().all()
+    assert output[0, :16].isfinite().all()
+    (gradient,) = torch.autograd.grad(output[:, :, :2].sum(), tensors["gate"])
+    assert gradient[:, :, 0].isnan().any()
+    assert gradient[:, :, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("design", DESIGNS)
 @torch.no_grad()
-def test_one_segment_that_decays_too_much(monkeypatch: pytest.MonkeyPatch, is_prepared: bool) -> None:
-    configure(monkeypatch, is_prepared=is_prepared, segment=32)
+def test_one_segment_that_decays_too_much(monkeypatch: pytest.MonkeyPatch, design: str) -> None:
+    configure(monkeypatch, **DESIGNS[design], segment=32)
     tensors = {name: t.detach() for name, t in MixerCase(70, taps=2).tensors().items()}
     tensors["gate"][:, 35:60, :, ::3] = -300.0
     expected = definition(**tensors, min_log_decay=-10.0)
@@ -395,8 +427,10 @@ def test_what_cannot_be_launched_again_is_not_kept() -> None:
 
 
 @pytest.mark.usefixtures("short_segments")
-@pytest.mark.parametrize("is_prepared", [False, True])
-def test_no_integer_is_compiled_in(monkeypatch: pytest.MonkeyPatch, is_prepared: bool) -> None:
+@pytest.mark.parametrize(
+    ("design", "kernels_seen"), [("fused", 9), ("prepared", 12), ("scan with queries", 13)]
+)
+def test_no_integer_is_compiled_in(monkeypatch: pytest.MonkeyPatch, design: str, kernels_seen: int) -> None:
     """What a launch takes as given: Triton would compile anew for 1 and for multiples of 16."""
     specialized: dict[str, set[str]] = {}
 
@@ -410,10 +444,10 @@ def test_no_integer_is_compiled_in(monkeypatch: pytest.MonkeyPatch, is_prepared:
 
     monkeypatch.setattr(Launch, "__call__", note)
     monkeypatch.setattr(mixer, "allocate", torch.zeros)
-    configure(monkeypatch, is_prepared=is_prepared, chunk=64, segment=64)
+    configure(monkeypatch, **DESIGNS[design], chunk=64, segment=64)
     run(kernels, MixerCase(20, min_log_decay=-10.0), torch.float32, DEVICE)
     assert not any(specialized.values()), specialized
-    assert len(specialized) == (12 if is_prepared else 9)
+    assert len(specialized) == kernels_seen
 
 
 def test_calls_of_one_shape_share_their_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -506,18 +540,36 @@ def test_a_million_tokens() -> None:
 
 @pytest.mark.gpu
 @on_gpu
-@pytest.mark.parametrize("is_prepared", [False, True])
+@pytest.mark.parametrize("design", DESIGNS)
 @pytest.mark.parametrize("width", [64, 128])
-def test_designs(monkeypatch: pytest.MonkeyPatch, width: int, is_prepared: bool) -> None:
-    """With real chunks; the second call launches what the first compiled."""
-    fields = {"chunk": 64, "value_block": 64} if is_prepared else {"chunk": 64 if width == 64 else 32}
-    configure(monkeypatch, is_prepared=is_prepared, segment=128, gradient_chunk=32, **fields)
+def test_designs(monkeypatch: pytest.MonkeyPatch, width: int, design: str) -> None:
+    """With real chunks, three in a segment; the second call launches what the first compiled."""
+    chunk = 32 if design == "fused" and width == 128 else 64
+    configure(monkeypatch, **DESIGNS[design], chunk=chunk, segment=192, gradient_chunk=32, value_block=64)
     for gate_scale in (1.0, 100.0):
         case = MixerCase(
             1000, heads=4, kv_heads=2, state_heads=4, width=width, feature_dim=width, gate_scale=gate_scale
         )
         for _ in range(2):
             check(case, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"boundaries": (0, 1, 70, 1000), "has_state": False},
+        {"batch": 2, "padding": 9},
+        {"gate_scale": 100.0, "min_log_decay": -10.0},
+        {"gate_scale": 3.0, "normalize": False},
+    ],
+    ids=str,
+)
+def test_variants_as_the_table_has_them(fields: dict[str, Any], width: int) -> None:
+    case = MixerCase(1000, heads=4, kv_heads=2, state_heads=4, width=width, feature_dim=width, **fields)
+    check(case, torch.bfloat16)
 
 
 @pytest.mark.gpu

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from kernel_cases import configure, kernels, poison  # noqa: F401
@@ -11,6 +14,7 @@ from torch import Tensor
 from comparison import assert_near
 from kernel_device import DEVICE, on_gpu
 from lawcat.ops.triton import mixer
+from lawcat.ops.triton.configurations import choose_configuration
 
 
 def check_forward(case: MixerCase, dtype: torch.dtype = torch.float32, tolerance: float = 1e-5) -> None:
@@ -53,6 +57,20 @@ def test_gradients_by_ratio_of_heads(ratio: int, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("width", [32, 96, 128])
 def test_widths(width: int) -> None:
     check_forward(MixerCase(5, width=width, feature_dim=width, taps=2))
+
+
+@pytest.mark.parametrize("fields", [{}, {"boundaries": (0, 2, 70)}, {"gate_scale": 100.0}], ids=str)
+@pytest.mark.parametrize(("width", "feature_dim"), [(128, 128), (48, 96)])
+def test_wide_as_the_table_has_it(
+    width: int, feature_dim: int, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the tokens of a chunk: three of them in a segment, which the scan completes."""
+    table = choose_configuration(feature_dim, width, torch.bfloat16, 37, 2, -2.5, 132)
+    assert table.is_prepared
+    assert table.scan_with_queries
+    changed = {"chunk": 16, "sub_block": 16, "gradient_chunk": 16, "segment": 48}
+    monkeypatch.setattr(mixer, "choose_configuration", lambda *_: replace(table, **changed))
+    check_forward(MixerCase(70, width=width, feature_dim=feature_dim, taps=2, **fields), tolerance=2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -173,8 +173,10 @@ def _decode_step(
         lower_index = half + HALF if GATE_WIDTH > 1 else half * 0
         logit_upper = tl.load(place + upper_index, mask=is_feature, other=0.0).to(tl.float32)
         logit_lower = tl.load(place + lower_index, mask=is_feature, other=0.0).to(tl.float32)
-        decay_upper = tl.exp(tl.maximum(_log_sigmoid(logit_upper) / gate_divisor, min_log_decay))
-        decay_lower = tl.exp(tl.maximum(_log_sigmoid(logit_lower) / gate_divisor, min_log_decay))
+        log_upper = _log_sigmoid(logit_upper) / gate_divisor
+        decay_upper = tl.exp(tl.maximum(log_upper, min_log_decay, propagate_nan=tl.PropagateNan.ALL))
+        log_lower = _log_sigmoid(logit_lower) / gate_divisor
+        decay_lower = tl.exp(tl.maximum(log_lower, min_log_decay, propagate_nan=tl.PropagateNan.ALL))
 
     # (6): the normaliser, which is the last column of the state, then D columns, a tile at a time.
     state_ptr += (b * N + n) * (2 * HALF * (D + 1))

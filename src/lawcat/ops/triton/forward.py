@@ -53,7 +53,8 @@ def log2_decay(
     if IS_LOGIT:
         x, _ = log2_sigmoid(x, INTERPRETED)
         x *= 1.0 / divisor
-    x = tl.maximum(x, lowest * LOG2_E)
+    # A NaN must show in the output.
+    x = tl.maximum(x, lowest * LOG2_E, propagate_nan=tl.PropagateNan.ALL)
     if MASKED:
         real = real & (tl.load(keep + first_row + t0 + i, mask=real, other=0) != 0)
     return tl.where(real[:, None] & is_column[None, :], x, 0.0)
@@ -142,19 +143,19 @@ def state_kernel(
         tl.store(strongest + row, tl.min(strongest_decay, axis=0))
 
 
-@triton.jit(do_not_specialize=["num_segments"])
-def scan_kernel(
-    states, normalisers, decays, initial, final, ranges, num_segments,
+@triton.jit
+def scan(
+    program, states, normalisers, decays, initial, final, ranges, z_added, z_exponents,
+    num_segments, num_chunks,
     N: tl.constexpr, F: tl.constexpr, DV: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
     F_BLOCKS: tl.constexpr, V_BLOCKS: tl.constexpr, HAS_INITIAL: tl.constexpr, REVERSE: tl.constexpr,
-    PACKED: tl.constexpr, STAGES: tl.constexpr,
+    PACKED: tl.constexpr, STAGES: tl.constexpr, FP: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Turn what each segment adds into the state before it (after it, in REVERSE), in place.
+    """Do what ``scan_kernel`` says of its program with this number.
 
-    One program a sequence, head and block of the state. The last state goes to ``final``, and forward also to
-    the row after those of the segments.
+    With CHUNKS, a power of two that is at least ``num_chunks``, also complete what the queries of each chunk
+    read of the normaliser (see ``prepared.py``). A block then holds all values.
     """
-    program = tl.program_id(0)
     v_block = program % V_BLOCKS
     f_block = (program // V_BLOCKS) % F_BLOCKS
     n = (program // (V_BLOCKS * F_BLOCKS)) % N
@@ -186,6 +187,15 @@ def scan_kernel(
         decay = tl.exp2(tl.load(decays + row * F + f, mask=f < F, other=0.0))
         tl.store(pointers, state, mask=inside)
         state = state * decay[None, :] + added
+        if CHUNKS > 0:
+            i = tl.arange(0, CHUNKS)
+            tile_column = f // (F // 2) * (FP // 2) + f % (F // 2)
+            chunk = (segment - sequence).to(tl.int64) * num_chunks + i
+            place = (chunk * N + n)[:, None] * FP + tile_column[None, :]
+            mask = (i < num_chunks)[:, None] & (f < F)[None, :]
+            z = tl.load(z_added + place, mask=mask, other=0.0)
+            z += tl.exp2(tl.load(z_exponents + place, mask=mask, other=0.0)) * normaliser[None, :]
+            tl.store(z_added + place, z, mask=mask)
         # Every block of values keeps the normaliser, the first alone writes it: the others must not read it.
         if v_block == 0:
             summed = tl.load(normalisers + row * F + f, mask=f < F, other=0.0)
@@ -199,6 +209,24 @@ def scan_kernel(
         tl.store(states + row * (F * DV) + column[:, None] * F + f[None, :], state, mask=inside)
         if v_block == 0:
             tl.store(normalisers + row * F + f, normaliser, mask=f < F)
+
+
+@triton.jit(do_not_specialize=["num_segments"])
+def scan_kernel(
+    states, normalisers, decays, initial, final, ranges, num_segments,
+    N: tl.constexpr, F: tl.constexpr, DV: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
+    F_BLOCKS: tl.constexpr, V_BLOCKS: tl.constexpr, HAS_INITIAL: tl.constexpr, REVERSE: tl.constexpr,
+    PACKED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Turn what each segment adds into the state before it (after it, in REVERSE), in place.
+
+    One program a sequence, head and block of the state. The last state goes to ``final``, and forward also to
+    the row after those of the segments.
+    """
+    scan(
+        tl.program_id(0), states, normalisers, decays, initial, final, ranges, None, None, num_segments, 0,
+        N, F, DV, BF, BV, F_BLOCKS, V_BLOCKS, HAS_INITIAL, REVERSE, PACKED, STAGES, F, 0,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -25,6 +25,7 @@ from .prepared import (
     feature_kernel,
     prepared_output_kernel,
     prepared_state_kernel,
+    query_feature_scan_kernel,
     strong_output_kernel,
 )
 
@@ -159,35 +160,74 @@ class Layout:
             IS_LOGIT=self.options.is_logit, **constants, warps=4,
         )  # fmt: skip
 
-    def _features(self, x_heads: int, heads: int, group: int, is_key: bool) -> Launch:
-        """Of ``feature_kernel``, by run of chunks."""
-        configuration = self.configuration
-        taps = _padded_taps(self.shape["TAPS"])
+    def _of_features(self, heads: int, group: int) -> dict[str, Any]:
+        """What kernels take that make features of so many heads, a group of them in a program."""
+        taps = _power_of_two(self.shape["TAPS"])
         constants = self.constants(
             "N", "GATE_HEADS", "D", "F", "DP", "FP", "C", "TAPS", "HAS_BEFORE", "HAS_MAP", "MASKED", "PACKED",
             "DOT", "PRECISION", "INTERPRETED",
         )  # fmt: skip
-        return Launch(
-            feature_kernel, heads // group,
-            X_HEADS=x_heads, HEADS=heads, TAPS_P=taps, IS_KEY=is_key, GROUP=group,
-            RUN=configuration.feature_chunks, BLOCK=min(configuration.feature_taps, taps), **constants,
-            **(configuration.key_features if is_key else configuration.query_features).options(),
-        )  # fmt: skip
+        configuration = self.configuration
+        block, run = min(configuration.feature_taps, taps), configuration.feature_chunks
+        return {"HEADS": heads, "GROUP": group, "TAPS_P": taps, "BLOCK": block, "RUN": run, **constants}
+
+    @functools.cached_property
+    def _query_group(self) -> int:
+        return math.gcd(self.configuration.query_heads, self.heads // self.shape["GATE_HEADS"])
+
+    @property
+    def query_programs(self) -> int:
+        """Programs of a run of chunks that make features of q."""
+        return self.heads // self._query_group
 
     @functools.cached_property
     def query_features(self) -> Launch:
-        """The features of q."""
-        group = math.gcd(self.configuration.query_heads, self.heads // self.shape["GATE_HEADS"])
-        return self._features(self.heads, self.heads, group, is_key=False)
+        """The features of q, by run of chunks."""
+        return Launch(
+            feature_kernel, self.query_programs,
+            X_HEADS=self.heads, IS_KEY=False, **self._of_features(self.heads, self._query_group),
+            **self.configuration.query_features.options(),
+        )  # fmt: skip
 
     @functools.cached_property
     def key_features(self) -> Launch:
-        """The features of k."""
+        """The features of k, by run of chunks."""
         x_heads, heads = self.shape["K_HEADS"], self.shape["N"]
         group = 1  # each head has inputs of its own from before
         if not self.shape["HAS_BEFORE"]:
             group = math.gcd(self.configuration.key_heads, heads // max(x_heads, self.shape["GATE_HEADS"]))
-        return self._features(x_heads, heads, group, is_key=True)
+        return Launch(
+            feature_kernel, heads // group,
+            X_HEADS=x_heads, IS_KEY=True, **self._of_features(heads, group),
+            **self.configuration.key_features.options(),
+        )  # fmt: skip
+
+    @functools.cached_property
+    def _scan_blocks(self) -> tuple[int, int]:
+        """Of the scan beside the features of q: features of a program, for all values; programs of a head."""
+        # Of a sequence of 32 heads that is 128 programs, about one for each multiprocessor.
+        block = max(16, self.shape["FP"] // 4)
+        return block, -(-self.shape["F"] // block)
+
+    @property
+    def scan_programs(self) -> int:
+        """Programs of a sequence of that scan."""
+        return self._scan_blocks[1] * int(self.shape["N"])
+
+    @functools.cached_property
+    def query_features_and_scan(self) -> dict[bool, Launch]:
+        """Of ``query_feature_scan_kernel``, by program: by whether there is an initial state."""
+        (block, blocks), values = self._scan_blocks, self.shape["DV"]
+        return {
+            has_initial: Launch(
+                query_feature_scan_kernel, 1,
+                **self._of_features(self.heads, self._query_group),
+                DV=values, BF=block, BV=padded_width(values), F_BLOCKS=blocks, HAS_INITIAL=has_initial,
+                STAGES=4, CHUNKS=_power_of_two(self.chunks_of_segment),
+                **self.configuration.query_features.options(),
+            )
+            for has_initial in (False, True)
+        }  # fmt: skip
 
     @functools.cached_property
     def _of_products(self) -> dict[str, Any]:
@@ -268,7 +308,7 @@ class Layout:
         )
         return Launch(
             map_gradient_kernel, heads,
-            X_HEADS=x_heads, HEADS=heads, TAPS_P=_padded_taps(self.shape["TAPS"]), **constants,
+            X_HEADS=x_heads, HEADS=heads, TAPS_P=_power_of_two(self.shape["TAPS"]), **constants,
             **self.configuration.gradient.options(),
         )  # fmt: skip
 
@@ -283,5 +323,5 @@ class Layout:
         return self._map_gradients(self.shape["K_HEADS"], self.shape["N"])
 
 
-def _padded_taps(taps: int) -> int:
-    return 1 << max(taps - 1, 0).bit_length()
+def _power_of_two(least: int) -> int:
+    return 1 << max(least - 1, 0).bit_length()

@@ -422,9 +422,15 @@ def _forward_prepared(plan: Plan, result: Forward, decays_size: int) -> None:
     chunks = segments.count * layout.chunks_of_segment
     heads, n, gate_heads, width = layout.heads, shape["N"], shape["GATE_HEADS"], shape["FP"]
     vectors = chunks * n * width
-    segment_decays, z_added, z_exponents, k_sums, exponents = workspace(
-        (decays_size, vectors, vectors, vectors, 2 * chunks * gate_heads * width), torch.float32, q.device
-    )
+    with_scan = layout.configuration.scan_with_queries
+    segment_decays, z_added, z_exponents, k_sums, exponents, factors = workspace(
+        (
+            decays_size, vectors, vectors, vectors, 2 * chunks * gate_heads * width,
+            vectors if with_scan else 0,
+        ),
+        torch.float32, q.device,
+    )  # fmt: skip
+    scales = factors if with_scan else None
     tile = chunks * shape["C"] * width
     decays, q_features, k_features = workspace(
         (gate_heads * tile, heads * tile, n * tile), layout.feature_dtype, q.device
@@ -432,22 +438,31 @@ def _forward_prepared(plan: Plan, result: Forward, decays_size: int) -> None:
     size = (*segments.size, layout.chunks_of_segment)
     layout.exponents(chunks, (inputs.gate, keep, table, decays, exponents), (*size, *layout.activation))
     runs = segments.count * -(-layout.chunks_of_segment // layout.configuration.feature_chunks)
-    layout.query_features(
-        runs, (q, inputs.q_taps, inputs.q_before, weight, keep, table, decays, q_features, None), size
-    )
+    of_queries = q, inputs.q_taps, inputs.q_before, weight, keep, table, decays, q_features
+    if not with_scan:
+        layout.query_features(runs, (*of_queries, None), size)
     layout.key_features(
         runs, (k, inputs.k_taps, inputs.k_before, weight, keep, table, decays, k_features, k_sums), size
     )
     layout.prepared_states(
         segments.count,
         (v, table, k_features, k_sums, exponents, result.states, result.normalisers, segment_decays,
-         result.strongest, z_added, z_exponents),
+         result.strongest, z_added, z_exponents, scales),
         size,
     )  # fmt: skip
-    _scan_forward(plan, result, segment_decays)
+    if with_scan:
+        scans = segments.sequences * layout.scan_programs
+        layout.query_features_and_scan[inputs.initial_state is not None](
+            scans + runs * layout.query_programs,
+            (*of_queries, result.states, result.normalisers, segment_decays, inputs.initial_state,
+             result.final, plan.ranges, z_added, z_exponents),
+            (*size, scans),
+        )  # fmt: skip
+    else:
+        _scan_forward(plan, result, segment_decays)
     layout.prepared_outputs[save](
         segments.count,
-        (v, table, q_features, k_features, exponents, z_added, z_exponents, result.states,
+        (v, table, q_features, k_features, exponents, scales, z_added, z_exponents, result.states,
          result.normalisers, result.strongest, result.output, result.weight_sums),
         (*size, layout.eps),
     )  # fmt: skip

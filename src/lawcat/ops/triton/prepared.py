@@ -8,7 +8,8 @@ log-decays since the chunk's start and r half of the chunk's sum, so that the we
 
 Vectors of F are dear, as each thread of a matrix product holds a quarter of one: so the last factor waits for
 the next chunk's, and ``prepared_state_kernel`` writes what the queries of each chunk read of the normaliser:
-``z' = a + 2^e z``, z being the normaliser before the segment.
+``z' = a + 2^e z``, z being the normaliser before the segment. The output kernel adds that up, or the scan
+where it runs beside the features of q (``Configuration.scan_with_queries``).
 
 The features lie chunk by chunk, [chunks, heads, C, FP], whole tiles without a mask.
 
@@ -37,7 +38,7 @@ from .blocks import (
     store_state,
     without_padding,
 )
-from .forward import log2_decay, output_chunk, write_output
+from .forward import log2_decay, output_chunk, scan, write_output
 
 _UNSPECIALIZED = ["tokens", "num_segments", "segment_tokens", "num_chunks"]
 
@@ -171,16 +172,31 @@ def softmax_half(p, F: tl.constexpr, FP: tl.constexpr):
 
 
 @triton.jit
+def reciprocal(x, INTERPRETED: tl.constexpr):
+    """Return 1 / x, in one instruction instead of a division's six.
+
+    The last of its 24 bits may be wrong: decays have 8, those of bfloat16, and so have features times these.
+    They lie between 2^-126 and 2^126, so that no reciprocal overflows or is flushed to zero.
+    """
+    if INTERPRETED:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def load_decay_half(
     decays, index, half, t0, stop, first_row, keep,
-    C: tl.constexpr, FP: tl.constexpr, IS_KEY: tl.constexpr, MASKED: tl.constexpr,
+    C: tl.constexpr, FP: tl.constexpr, IS_KEY: tl.constexpr, MASKED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Return 2^(b - r) of a half [C, FP/2] of the tile with this index; of keys 2^(r - b), 0 for padding."""
     column = half * (FP // 2) + tl.arange(0, FP // 2)
     place = decays + index.to(tl.int64) * (C * FP) + tl.arange(0, C)[:, None] * FP + column[None, :]
     decay = tl.load(place).to(tl.float32)
     if IS_KEY:
-        decay = without_padding(1.0 / decay, first_row, t0, stop, keep, C, MASKED)
+        decay = without_padding(reciprocal(decay, INTERPRETED), first_row, t0, stop, keep, C, MASKED)
     return decay
 
 
@@ -195,9 +211,9 @@ def store_half(x, sums, tile, index, half, C: tl.constexpr, FP: tl.constexpr, SU
         tl.store(sums + index.to(tl.int64) * FP + column, tl.sum(tile.to(tl.float32), axis=0))
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
-def feature_kernel(
-    x, taps, before, map_weight, keep, table, decays, features, sums,
+@triton.jit
+def make_features(
+    program, x, taps, before, map_weight, keep, table, decays, features, sums,
     tokens, num_segments, segment_tokens, num_chunks,
     X_HEADS: tl.constexpr, HEADS: tl.constexpr, N: tl.constexpr, GATE_HEADS: tl.constexpr,
     D: tl.constexpr, F: tl.constexpr, DP: tl.constexpr, FP: tl.constexpr, C: tl.constexpr,
@@ -205,12 +221,7 @@ def feature_kernel(
     IS_KEY: tl.constexpr, HAS_BEFORE: tl.constexpr, HAS_MAP: tl.constexpr, MASKED: tl.constexpr,
     PACKED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Write the decayed features of q, or of k and their sums. One program RUN chunks and GROUP heads.
-
-    Keys are decayed by 2^(r - b) and zero where there is padding, queries by 2^(b - r). The heads of a group
-    share a gate, and those of keys their inputs.
-    """
-    program = tl.program_id(0)
+    """Do what ``feature_kernel`` says of its program with this number."""
     first_head = program % (HEADS // GROUP) * GROUP
     runs = tl.cdiv(num_chunks, RUN)
     segment = program // (HEADS // GROUP * runs)
@@ -244,10 +255,10 @@ def feature_kernel(
         gate_tile = chunk * GATE_HEADS + gate_head
         if GROUP > 1:  # alone, a head loads them when it needs them, and registers stay free
             first_decay = load_decay_half(
-                decays, gate_tile, 0, t0, stop, first_row, keep, C, FP, IS_KEY, MASKED
+                decays, gate_tile, 0, t0, stop, first_row, keep, C, FP, IS_KEY, MASKED, INTERPRETED
             )
             second_decay = load_decay_half(
-                decays, gate_tile, 1, t0, stop, first_row, keep, C, FP, IS_KEY, MASKED
+                decays, gate_tile, 1, t0, stop, first_row, keep, C, FP, IS_KEY, MASKED, INTERPRETED
             )
         inputs = ()
         for j in tl.static_range(0, GROUP):
@@ -281,10 +292,10 @@ def feature_kernel(
                 second = tl.load(base + F // 2, mask=inside, other=0.0)
             if GROUP == 1:
                 first_decay = load_decay_half(
-                    decays, gate_tile, 0, t0, stop, first_row, keep, C, FP, IS_KEY, MASKED
+                    decays, gate_tile, 0, t0, stop, first_row, keep, C, FP, IS_KEY, MASKED, INTERPRETED
                 )
                 second_decay = load_decay_half(
-                    decays, gate_tile, 1, t0, stop, first_row, keep, C, FP, IS_KEY, MASKED
+                    decays, gate_tile, 1, t0, stop, first_row, keep, C, FP, IS_KEY, MASKED, INTERPRETED
                 )
             tile = chunk * HEADS + head
             store_half(features, sums, first * first_decay, tile, 0, C, FP, IS_KEY)
@@ -292,14 +303,73 @@ def feature_kernel(
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
+def feature_kernel(
+    x, taps, before, map_weight, keep, table, decays, features, sums,
+    tokens, num_segments, segment_tokens, num_chunks,
+    X_HEADS: tl.constexpr, HEADS: tl.constexpr, N: tl.constexpr, GATE_HEADS: tl.constexpr,
+    D: tl.constexpr, F: tl.constexpr, DP: tl.constexpr, FP: tl.constexpr, C: tl.constexpr,
+    TAPS: tl.constexpr, TAPS_P: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr,
+    IS_KEY: tl.constexpr, HAS_BEFORE: tl.constexpr, HAS_MAP: tl.constexpr, MASKED: tl.constexpr,
+    PACKED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Write the decayed features of q, or of k and their sums. One program RUN chunks and GROUP heads.
+
+    Keys are decayed by 2^(r - b) and zero where there is padding, queries by 2^(b - r). The heads of a group
+    share a gate, and those of keys their inputs.
+    """
+    make_features(
+        tl.program_id(0), x, taps, before, map_weight, keep, table, decays, features, sums,
+        tokens, num_segments, segment_tokens, num_chunks,
+        X_HEADS, HEADS, N, GATE_HEADS, D, F, DP, FP, C, TAPS, TAPS_P, BLOCK, GROUP, RUN,
+        IS_KEY, HAS_BEFORE, HAS_MAP, MASKED, PACKED, DOT, PRECISION, INTERPRETED,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=[*_UNSPECIALIZED, "scans"])
+def query_feature_scan_kernel(
+    q, taps, before, map_weight, keep, table, decays, features,
+    states, normalisers, segment_decays, initial, final, ranges, z_added, z_exponents,
+    tokens, num_segments, segment_tokens, num_chunks, scans,
+    HEADS: tl.constexpr, N: tl.constexpr, GATE_HEADS: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+    DV: tl.constexpr, DP: tl.constexpr, FP: tl.constexpr, C: tl.constexpr, TAPS: tl.constexpr,
+    TAPS_P: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr,
+    HAS_BEFORE: tl.constexpr, HAS_MAP: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    BF: tl.constexpr, BV: tl.constexpr, F_BLOCKS: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    STAGES: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """The features of q, and beside them the scan, which alone leaves most of the device idle.
+
+    The first ``scans`` programs are the scan's.
+    """
+    program = tl.program_id(0)
+    if program < scans:
+        scan(
+            program, states, normalisers, segment_decays, initial, final, ranges, z_added, z_exponents,
+            num_segments, num_chunks,
+            N, F, DV, BF, BV, F_BLOCKS, 1, HAS_INITIAL, False, PACKED, STAGES, FP, CHUNKS,
+        )  # fmt: skip
+    else:
+        make_features(
+            program - scans, q, taps, before, map_weight, keep, table, decays, features, None,
+            tokens, num_segments, segment_tokens, num_chunks,
+            HEADS, HEADS, N, GATE_HEADS, D, F, DP, FP, C, TAPS, TAPS_P, BLOCK, GROUP, RUN,
+            False, HAS_BEFORE, HAS_MAP, MASKED, PACKED, DOT, PRECISION, INTERPRETED,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def prepared_state_kernel(
     v, table, k_features, k_sums, exponents, states, normalisers, decays, strongest, z_added, z_exponents,
-    tokens, num_segments, segment_tokens, num_chunks,
+    scales, tokens, num_segments, segment_tokens, num_chunks,
     V_HEADS: tl.constexpr, GATE_HEADS: tl.constexpr, N: tl.constexpr, F: tl.constexpr, DV: tl.constexpr,
     FP: tl.constexpr, BV: tl.constexpr, V_BLOCKS: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """As ``state_kernel``, from prepared keys."""
+    """As ``state_kernel``, from prepared keys.
+
+    Where the scan completes what queries read, ``scales`` are what the state decays by from chunk to chunk.
+    """
     program = tl.program_id(0)
     block = program % V_BLOCKS
     n = (program // V_BLOCKS) % N
@@ -314,6 +384,7 @@ def prepared_state_kernel(
     normaliser = tl.zeros([FP], tl.float32)
     decay = tl.zeros([FP], tl.float32)
     strongest_decay = tl.zeros([FP], tl.float32)
+    waiting = tl.zeros([FP], tl.float32)
     for index in range(0, tl.cdiv(stop - start, C)):
         t0 = start + index * C
         chunk = segment * num_chunks + index
@@ -330,8 +401,11 @@ def prepared_state_kernel(
             vector = (chunk * N + n).to(tl.int64) * FP + column
             tl.store(z_added + vector, normaliser)
             tl.store(z_exponents + vector, decay + before)
+            if scales is not None:
+                tl.store(scales + vector, tl.exp2(waiting + before))
         normaliser = (normaliser + added) * scale_after
         decay += before + after
+        waiting = after
         strongest_decay = tl.minimum(strongest_decay, before + after)
 
     row = (segment + sequence).to(tl.int64) * N + n
@@ -342,14 +416,17 @@ def prepared_state_kernel(
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def prepared_output_kernel(
-    v, table, q_features, k_features, exponents, z_added, z_exponents, states, normalisers, strongest,
-    output, weight_sums, tokens, num_segments, segment_tokens, num_chunks, eps,
+    v, table, q_features, k_features, exponents, scales, z_added, z_exponents, states, normalisers,
+    strongest, output, weight_sums, tokens, num_segments, segment_tokens, num_chunks, eps,
     H: tl.constexpr, V_HEADS: tl.constexpr, GATE_HEADS: tl.constexpr, N: tl.constexpr, F: tl.constexpr,
     DV: tl.constexpr, FP: tl.constexpr, BV: tl.constexpr, V_BLOCKS: tl.constexpr, C: tl.constexpr,
     MAY_BE_STRONG: tl.constexpr, PACKED: tl.constexpr, NORMALIZE: tl.constexpr, SAVE_SUMS: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """As ``output_kernel``, from prepared features, but for segments that decay too much."""
+    """As ``output_kernel``, from prepared features, but for segments that decay too much.
+
+    With ``scales``, the scan has completed ``z_added``: two vectors a chunk to read instead of five.
+    """
     program = tl.program_id(0)
     block = program % V_BLOCKS
     head = (program // V_BLOCKS) % H
@@ -369,15 +446,22 @@ def prepared_output_kernel(
     for index in range(0, tl.cdiv(stop - start, C)):
         chunk = segment * num_chunks + index
         vector = (chunk * N + n).to(tl.int64) * FP + column
-        # Read again for each chunk: held, it would take a register in eight.
-        z = tl.load(normalisers + row * F + feature, mask=is_feature & (index >= 0), other=0.0)
-        z = tl.load(z_added + vector) + tl.exp2(tl.load(z_exponents + vector)) * z
+        if scales is None:
+            # Read again for each chunk: held, it would take a register in eight.
+            z = tl.load(normalisers + row * F + feature, mask=is_feature & (index >= 0), other=0.0)
+            z = tl.load(z_added + vector) + tl.exp2(tl.load(z_exponents + vector)) * z
+        else:
+            z = tl.load(z_added + vector)
         queries = load_tile(q_features, chunk * H + head, C, FP)
         keys = load_tile(k_features, chunk * N + n, C, FP)
         sums_of_weights = tl.sum(queries.to(tl.float32) * z[None, :], axis=1)
-        place = exponents + (chunk * GATE_HEADS + gate_head).to(tl.int64) * (2 * FP) + column
-        waiting = tl.load(place - GATE_HEADS * (2 * FP) + FP, mask=(column >= 0) & (index > 0), other=0.0)
-        state *= tl.exp2(waiting + tl.load(place))[None, :]
+        if scales is None:
+            place = exponents + (chunk * GATE_HEADS + gate_head).to(tl.int64) * (2 * FP) + column
+            waiting = tl.load(place - GATE_HEADS * (2 * FP) + FP, mask=(column >= 0) & (index > 0), other=0.0)
+            scale = tl.exp2(waiting + tl.load(place))
+        else:
+            scale = tl.load(scales + vector)
+        state *= scale[None, :]
         weights = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
         values = write_output(
             state, sums_of_weights, queries, weights, v, output, weight_sums, first_row, start + index * C,
