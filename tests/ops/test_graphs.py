@@ -6,6 +6,7 @@ import pytest
 import torch
 from attention_cases import Case
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from comparison import assert_near
 from lawcat.ops import causal_conv1d, gated_linear_attention, gated_linear_attention_step
@@ -74,9 +75,15 @@ def test_a_known_bound_lets_the_chunked_form_compile_in_one_graph() -> None:
         assert_near(actual, wanted, 1e-5)
 
 
-def test_shapes_without_data() -> None:
-    """On the meta device: shapes and dtypes, as loading and planning of large models need them."""
-    q, k, v, log_decay, state = (t.to("meta") for t in inputs(40))
-    output, state_after = gated_linear_attention(q, k, v, log_decay, initial_state=state, min_log_decay=-1.0)
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+def test_shapes_without_data(kind: str) -> None:
+    """Shapes and dtypes, as loading and planning of large models need them."""
+    given = inputs(40)
+    with FakeTensorMode() if kind == "fake" else torch.device("meta") as mode:
+        without = (lambda t: t.to("meta")) if kind == "meta" else mode.from_tensor
+        q, k, v, log_decay, state = map(without, given)
+        output, state_after = gated_linear_attention(
+            q, k, v, log_decay, initial_state=state, min_log_decay=-1.0
+        )
     assert output.shape == (*v.shape[:2], q.shape[2], v.shape[3])
     assert state_after.shape == state.shape
