@@ -7,6 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import warnings
@@ -659,6 +660,21 @@ def test_the_record_counts_what_is_trained_and_what_is_read(run: TinyRun, whole:
         assert stages[str(number)]["trained_tokens"] == 6 * 2 * 16
         assert stages[str(number)]["tokens"] == sum(row["tokens"] for row in own)
         assert stages[str(number)]["seconds"] == pytest.approx(sum(row["seconds"] for row in own), abs=0.01)
+
+
+def test_the_record_counts_what_was_before_an_interruption(run: TinyRun) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run("resumed", progress=at(1, 3, send(signal.SIGINT)))
+    log = training_folder(run, "resumed") / LOG
+    rows = read_log(log)
+    rows[0] |= {"seconds": 1000.0, "peak_memory_bytes": 7 * 10**12}
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = run("resumed").path
+    record = json.loads((folder / "lawcat_run.json").read_text())
+    assert 1000 < record["training_s"] < 1100
+    assert record["peak_memory_bytes"] == 7 * 10**12
+    card = (folder / "README.md").read_text()
+    assert re.search(r"Trained on [\d,]+ tokens in 10\d\d s .* peak memory 7\.0 TB", card)
 
 
 def test_new_parameters_that_recovery_leaves_alone(run: TinyRun) -> None:

@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -169,7 +168,6 @@ def linearize(
         if workers.any(busy is not None):  # which all must know: a matrix goes on with its next variant
             raise busy or BusyError(f"another process is at work in {directory}.")
 
-        started = time.perf_counter()
         base = load_teacher(source)
         student, report = _untrained(base, settings)
         message(report.summary())
@@ -180,8 +178,7 @@ def linearize(
         trained = _train(run, student, state)
         if workers.is_main:
             message(f"writing {directory}")
-            fields = {"base": base.name, "conversion": report.summary()}
-            fields |= {"training_s": round(time.perf_counter() - started, 1)} | trained.facts
+            fields = {"base": base.name, "conversion": report.summary()} | trained.facts
             _finish(run, directory, trained, fields)
         workers.wait()
     return LinearizeResult(directory)
@@ -286,13 +283,18 @@ def _train(run: _Run, student: LawcatForCausalLM, state: TrainingState | None) -
             tensors[plain_name(name)] = parameter.detach().float().cpu()
         elif is_trained_in_full(name):
             weights[plain_name(name)] = parameter.detach().cpu()
+    # From the log, which has also what was done before an interruption.
+    rows = read_log(run.training / LOG_NAME) if workers.is_main else []
     facts = {
+        "training_s": round(sum(row["seconds"] for row in rows), 1),
         "device": _device_name(workers.device),
         "processes": workers.count,
         "precision": str(dtype).removeprefix("torch."),
-        "peak_memory_bytes": peak_memory_bytes(workers.device),
+        "peak_memory_bytes": max(
+            [peak_memory_bytes(workers.device), *(row["peak_memory_bytes"] for row in rows)]
+        ),
         "data": mixture.describe(),
-        "stages": _stage_facts(run.training / LOG_NAME, recipe) if workers.is_main else {},
+        "stages": _stage_facts(rows, recipe),
     }
     return _Trained(tensors, weights, lora_scale, student if trains_all else None, facts)
 
@@ -536,13 +538,13 @@ def _saved_state(training: Path, identity: dict[str, str]) -> TrainingState | No
     )
 
 
-def _stage_facts(log: Path, recipe: Recipe) -> dict[str, Any]:
+def _stage_facts(log: list[dict[str, Any]], recipe: Recipe) -> dict[str, Any]:
     """Return what a reader of the record wants of each stage: steps, losses at both ends, speed."""
     recovery = recipe.recovery
     carried_tokens = (recovery.carried_sequences or recovery.batch_sequences) * recipe.sequence_length
     facts: dict[str, Any] = {}
     for stage in (0, 1, 2):
-        rows = [row for row in read_log(log) if row["stage"] == stage]
+        rows = [row for row in log if row["stage"] == stage]
         if not rows:
             continue
         median = sorted(row["seconds"] for row in rows)[len(rows) // 2]
