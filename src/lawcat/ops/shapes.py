@@ -115,7 +115,7 @@ def check_log_decay(highest: float) -> None:
 def check_log_decay_range(log_decay: Tensor, min_log_decay: float, name: str = "log_decay") -> None:
     """Raise ``ValueError`` where log-decays are not between their bound and 0.
 
-    Not looked for while a CUDA graph is captured, or compiled, or on the meta device. Elsewhere a GPU is
+    Not looked for while a CUDA graph is captured, or compiled, or without data. Elsewhere a GPU is
     waited for.
 
     Args:
@@ -123,7 +123,9 @@ def check_log_decay_range(log_decay: Tensor, min_log_decay: float, name: str = "
         min_log_decay: The bound.
         name: What the caller's argument is called.
     """
-    if torch.compiler.is_compiling() or not log_decay.numel() or log_decay.is_meta:
+    if torch.compiler.is_compiling() or not log_decay.numel():
+        return
+    if log_decay.is_meta or isinstance(log_decay, FakeTensor):
         return
     if log_decay.is_cuda and torch.cuda.is_current_stream_capturing():
         return
