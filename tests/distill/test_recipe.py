@@ -446,6 +446,16 @@ def test_recipes_without_teacher_tuning_are_what_they_were() -> None:
             {"teacher_tuning": {"gate_penalty": 0.1}},
             r"^teacher_tuning\.gate_penalty: got 0\.1, which is for stages that run linear attention",
         ),
+        (
+            {"teacher_tuning": {"steps": 20}, "recovery": {"cross_entropy_weight": 0}},
+            r"^teacher_tuning\.steps: got 20; with recovery\.cross_entropy_weight: 0 the teacher would learn "
+            "to be what it is; set it to 0",
+        ),
+        (
+            {"attention_transfer": {"answer_weight": 1}},
+            r"^attention_transfer\.answer_weight: got 1\.0; without a source of provider passkey, needle or "
+            "babilong there are no answers; set it to null",
+        ),
         ({"teacher_tuning": {"lora_rank": 2}}, r"^teacher_tuning\.lora_rank: unknown key"),
         ({"teacher_tuning": {"steps": -1}}, r"^teacher_tuning\.steps: got -1; it must be 0 or above"),
         ({"attention_transfer": {"steps": -1}}, r"^attention_transfer\.steps: got -1; it must be 0 or above"),
@@ -484,6 +494,18 @@ def test_recipes_without_teacher_tuning_are_what_they_were() -> None:
 def test_refusals_name_the_dotted_key(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         Recipe.from_dict({"name": "x", **values})
+
+
+def test_answers_count_where_there_are_any() -> None:
+    weighed: dict[str, Any] = {"name": "x", "attention_transfer": {"answer_weight": 1}}
+    recipe = Recipe.from_dict(weighed | {"data": [{"provider": "teacher"}, {"provider": "passkey"}]})
+    assert recipe.attention_transfer.answer_weight == 1
+    with pytest.raises(ConfigurationError, match=r"^attention_transfer\.answer_weight: got 1\.0; without"):
+        recipe.with_overrides({"data": [{"provider": "teacher"}]})
+    overrides = {"data": [{"provider": "teacher"}], "attention_transfer.answer_weight": "null"}
+    assert recipe.with_overrides(overrides).attention_transfer.answer_weight is None
+    for weight, steps in ((0, 100), (1, 0)):  # as a variant beside others has it
+        Recipe.from_dict({"name": "x", "attention_transfer": {"answer_weight": weight, "steps": steps}})
 
 
 def test_direct_construction_is_checked_too() -> None:

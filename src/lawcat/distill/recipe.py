@@ -1049,6 +1049,20 @@ class Recipe(_Settings):
                 f"it trains the LoRA factors of recovery, which has {got}; set it to 0, or recovery to "
                 "train: lora with steps above 0.",
             )
+        if self.teacher_tuning.steps and self.recovery.cross_entropy_weight == 0:
+            raise _fail(
+                "teacher_tuning.steps",
+                self.teacher_tuning.steps,
+                "with recovery.cross_entropy_weight: 0 the teacher would learn to be what it is; set it to 0.",
+            )
+        transfer = self.attention_transfer
+        if transfer.steps and transfer.answer_weight and not any(source.is_task for source in self.data):
+            raise _fail(
+                "attention_transfer.answer_weight",
+                transfer.answer_weight,
+                "without a source of provider passkey, needle or babilong there are no answers; set it to "
+                "null.",
+            )
         if self.recovery.carried_segments and all(source.carried_weight == 0 for source in self.data):
             raise _fail(
                 "recovery.carried_segments", self.recovery.carried_segments, "every carried_weight is 0."
