@@ -1053,7 +1053,8 @@ class Recipe(_Settings):
             raise _fail(
                 "teacher_tuning.steps",
                 self.teacher_tuning.steps,
-                "with recovery.cross_entropy_weight: 0 the teacher would learn to be what it is; set it to 0.",
+                "with recovery.cross_entropy_weight: 0 the teacher would learn to be what it is; set it to "
+                "0.",
             )
         transfer = self.attention_transfer
         if transfer.steps and transfer.answer_weight and not any(source.is_task for source in self.data):
