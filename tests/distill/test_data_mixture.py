@@ -557,10 +557,35 @@ def test_a_data_set_is_streamed_in_order_and_begins_again(tmp_path: Path, tokeni
     long = mixture.sequence(5, 3)
     assert long.input_ids.tolist() == stream[5 * 16 : 8 * 16]
     assert (long.source, long.loss_weight.sum()) == ("hub", 3 * 16 - 1)
-    resumed._sources[0]._recent.clear()  # type: ignore[attr-defined]
+    resumed._sources[0]._short._recent.clear()  # type: ignore[attr-defined]
     assert same(resumed.sequence(2), mixture.sequence(2))
     record = mixture.describe()["sources"][0]
     assert (record["dataset"], record["revision"]) == ("some/set", "abc")
+
+
+def test_long_sequences_and_short_ones_do_not_begin_a_data_set_anew(tmp_path: Path, hub: Any) -> None:
+    """Of a source that gives few of one kind and most of the other, they are soon far apart."""
+    hub["some/set"] = Rows([{"text": PROSE}] * 40)
+    data = (
+        {"provider": "hub", "dataset": "some/set", "weight": 1, "carried_weight": 9},
+        {"provider": "passkey", "weight": 9, "carried_weight": 1, "min_sample_tokens": 16},
+    )
+    mixture = mixture_of(tmp_path, *data, sequence_length=16)
+    steps = [step for step in range(1000) if mixture.turn(step)[0] == 0]
+    longs = [step for step in range(1000) if mixture._carried_turns.turn(step)[0] == 0]
+    assert (len(steps), len(longs)) == (100, 900)
+    in_order = [mixture.sequence(step) for step in steps], [mixture.sequence(step, 2) for step in longs]
+    hub["some/set"].passes = 0
+    mixture = mixture_of(tmp_path, *data, sequence_length=16)
+    found: tuple[list[PackedSequence], list[PackedSequence]] = [], []
+    for step in range(1000):
+        if step in steps:
+            found[0].append(mixture.sequence(step))
+        if step in longs:
+            found[1].append(mixture.sequence(step, 2))
+    for mine, theirs in zip(found, in_order, strict=True):
+        assert all(same(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert hub["some/set"].passes == 2
 
 
 def test_data_sets_that_cannot_be_used(tmp_path: Path, hub: Any) -> None:

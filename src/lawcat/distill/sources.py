@@ -331,6 +331,31 @@ def _encode_labelled(
     return tokens, answers, labels
 
 
+class _Stream:
+    """Sequences that come one after another, found by number; going far back begins anew."""
+
+    # Processes of one run ask for neighbouring indices, hardly ever for one further back.
+    _KEPT = 256
+
+    def __init__(self, begin: Callable[[], Iterator[PackedSequence]]) -> None:
+        self._begin = begin
+        self._restart()
+
+    def _restart(self) -> None:
+        self._sequences = self._begin()
+        self._next = 0
+        self._recent: deque[PackedSequence] = deque(maxlen=self._KEPT)
+
+    def sequence(self, index: int) -> PackedSequence:
+        """Return sequence `index`, reading the stream up to it."""
+        if index < self._next - len(self._recent):
+            self._restart()
+        while self._next <= index:
+            self._recent.append(next(self._sequences))
+            self._next += 1
+        return self._recent[index - self._next]
+
+
 class HubSource:
     """A data set of the hub, streamed in its own order and begun again at its end.
 
@@ -353,8 +378,6 @@ class HubSource:
             sequence.
     """
 
-    # Processes of one run ask for neighbouring indices, hardly ever for one further back.
-    _KEPT = 256
     _ROWS = 64
 
     def __init__(
@@ -387,25 +410,16 @@ class HubSource:
             )
         except Exception as error:  # whatever the hub, the network or the data set's own code raises
             raise DataError(f"The data set {dataset!r} cannot be opened: {error}") from error
-        self._restart()
-
-    def _restart(self) -> None:
-        self._stream = self._sequences()
-        self._next = 0
-        self._recent: deque[PackedSequence] = deque(maxlen=self._KEPT)
+        # Two, as the turns of long sequences are other ones: their numbers may be far ahead.
+        self._short, self._long = _Stream(self._sequences), _Stream(self._sequences)
 
     def sequence(self, index: int) -> PackedSequence:
         """Return sequence `index`, reading the stream up to it."""
-        if index < self._next - len(self._recent):
-            self._restart()
-        while self._next <= index:
-            self._recent.append(next(self._stream))
-            self._next += 1
-        return self._recent[index - self._next]
+        return self._short.sequence(index)
 
     def long_sequence(self, index: int, num_segments: int) -> PackedSequence:
         """Return the sequences from `index` on, one after another."""
-        pieces = [self.sequence(index + i) for i in range(num_segments)]
+        pieces = [self._long.sequence(index + i) for i in range(num_segments)]
         return _plain_sequence(np.concatenate([piece.input_ids for piece in pieces]), self.name)
 
     def _sequences(self) -> Iterator[PackedSequence]:
