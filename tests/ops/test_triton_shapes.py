@@ -35,7 +35,17 @@ def narrow(ratio: int, tokens: int, *, a_state_each: bool = True, kv_heads: int 
 @pytest.mark.parametrize("is_prepared", [False, True])
 @pytest.mark.parametrize(
     ("ratio", "a_state_each", "kv_heads"),
-    [(3, True, 2), (5, True, 1), (6, True, 1), (7, True, 1), (3, False, 2), (5, False, 1), (7, False, 1)],
+    [
+        (3, True, 2),
+        (5, True, 1),
+        (6, True, 1),
+        (7, True, 1),
+        (8, True, 1),
+        (3, False, 2),
+        (5, False, 1),
+        (7, False, 1),
+        (8, False, 1),
+    ],
 )
 def test_ratios_of_heads(
     ratio: int, a_state_each: bool, kv_heads: int, is_prepared: bool, monkeypatch: pytest.MonkeyPatch
@@ -46,7 +56,7 @@ def test_ratios_of_heads(
     check_forward(case, tolerance=2e-5)
 
 
-@pytest.mark.parametrize("ratio", [3, 5, 6, 7])
+@pytest.mark.parametrize("ratio", [3, 5, 6, 7, 8])
 def test_gradients_by_ratio_of_heads(ratio: int, monkeypatch: pytest.MonkeyPatch) -> None:
     configure(monkeypatch)
     case = narrow(ratio, 5)
