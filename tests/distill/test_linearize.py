@@ -445,8 +445,9 @@ def test_a_run_with_another_recipe_or_teacher_or_data(run: TinyRun, tmp_path: Pa
 
 
 def test_a_run_that_failed_before_it_had_begun_is_not_in_the_way(run: TinyRun, whole: Path) -> None:
-    with pytest.raises(DataError, match="There is no file nowhere"):
-        run("misspelt", **{"data.0.path": "nowhere.txt"})
+    (run.place / "blank.txt").write_text(" ")
+    with pytest.raises(DataError, match=r"blank\.txt is empty"):
+        run("misspelt", **{"data.0.path": str(run.place / "blank.txt")})
     training = training_folder(run, "misspelt")
     (training / "tensorboard").mkdir()
     (training / "thesis.txt").write_text("mine")
@@ -456,6 +457,17 @@ def test_a_run_that_failed_before_it_had_begun_is_not_in_the_way(run: TinyRun, w
     (training / "thesis.txt").unlink()
     run("misspelt")
     assert_finished(run, "misspelt", whole)
+
+
+def test_a_file_that_is_not_there_shows_before_the_teacher_is_looked_for(run: TinyRun, whole: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.0 \(text\): There is no file nowhere.*--set data\.0\.path="):
+        linearize("./no-teacher", run.place / "lost", tiny_recipe(run.text), **{"data.0.path": "nowhere.txt"})
+    assert not training_folder(run, "lost").exists()
+    hidden = run.text.rename(run.text.with_name("hidden.txt"))
+    try:
+        assert linearize(str(run.teacher), whole, tiny_recipe(run.text)).is_reused
+    finally:
+        hidden.rename(run.text)
 
 
 def test_a_teacher_found_elsewhere_is_the_same_teacher(run: TinyRun, tmp_path: Path, whole: Path) -> None:

@@ -31,7 +31,7 @@ from lawcat.convert.initialize import (
 from lawcat.convert.save import save_student
 from lawcat.convert.teacher import Teacher, load_teacher, resolve_teacher
 from lawcat.distill.checkpoint import TrainingState, latest_checkpoint, list_checkpoints, load_checkpoint
-from lawcat.distill.mixture import Mixture, build_mixture
+from lawcat.distill.mixture import Mixture, build_mixture, check_files
 from lawcat.distill.model_card import model_card
 from lawcat.distill.precision import resolve_precision
 from lawcat.distill.recipe import Recipe, dotted_keys
@@ -110,7 +110,7 @@ def linearize(
 
     Args:
         teacher: A hub id, a local folder, a GGUF file, or ``smollm2-135m-instruct``.
-        out: Directory of the student; must not exist, but from this same run.
+        out: Directory of the student; must not exist, unless from this same run.
         recipe: A recipe, the name of a shipped one, or a YAML file.
         progress: Called after each step with the stage, the step, the number of steps and what was measured.
         message: Called with a line of text when something begins.
@@ -143,6 +143,8 @@ def linearize(
     found = _finished_run(directory)
     training = directory.with_name(directory.name + ".training")
     _check_peft(settings)
+    if found is None:
+        check_files(settings)
 
     interruption = Interruption()
     with interruption.handled(), contextlib.ExitStack() as held:

@@ -114,7 +114,7 @@ def linearize_matrix(
 
     Args:
         teacher: As in `lawcat.linearize`.
-        out: Directory of the whole; must not exist, but from this matrix.
+        out: Directory of the whole; must not exist, unless from this matrix.
         recipe: A recipe, the name of a shipped one, or a YAML file. One without a matrix is taken for a
             matrix with one variant, named after it.
         variants: Names of those to train; ``None`` is all.

@@ -262,6 +262,19 @@ def build_mixture(
     return Mixture(sources, recipe.sequence_length, recipe.seed, carried)
 
 
+def check_files(recipe: Recipe) -> None:
+    """Find a recipe's files without reading them, so that a wrong path shows before a teacher is loaded.
+
+    Raises:
+        DataError: for one that matches no file, or whose ending is not one that can be read.
+    """
+    for i, (source, name) in enumerate(zip(recipe.data, _unique_names(recipe.data), strict=True)):
+        try:
+            find_files(source.paths)
+        except DataError as error:
+            raise DataError(f"data.{i} ({name}): {error} Set it with --set data.{i}.path=FILES.") from error
+
+
 def _unique_names(data: Sequence[DataSource]) -> list[str]:
     """Return a name for each source: the recipe's, or the provider's, numbered from the second on."""
     names: list[str] = []
