@@ -132,6 +132,17 @@ def test_an_unknown_dtype_is_refused():
         LawcatLM("anywhere", dtype="int3")
 
 
+def test_lm_evals_default_device_is_taken_without_a_gpu_and_another_is_refused(
+    tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    tiny_lawcat().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert str(LawcatLM(str(tmp_path), device="cuda:0").device) == "cpu"
+    with pytest.raises(ConfigurationError, match="'cuda:7' cannot be used here"):
+        LawcatLM(str(tmp_path), device="cuda:7")
+
+
 def test_the_command_hands_arguments_on_and_runs_a_student(tokenizer, tmp_path):
     tiny_lawcat().save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")
@@ -144,7 +155,7 @@ def test_the_command_hands_arguments_on_and_runs_a_student(tokenizer, tmp_path):
         check=True,
     )
     assert made.stdout == "lawcat_passkey_128\n"
-    model = ["--model", "lawcat", "--model_args", f"pretrained={tmp_path / 'student'}", "--device", "cpu"]
+    model = ["--model", "lawcat", "--model_args", f"pretrained={tmp_path / 'student'}"]
     tasks = ["--include_path", tmp_path / "tasks", "--tasks", "lawcat_passkey_128"]
     ran = subprocess.run([*lawcat, "lm-eval", "run", *model, *tasks], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-2000:]

@@ -17,6 +17,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
 
 from lawcat.convert.load import load_model
@@ -54,7 +55,7 @@ class LawcatLM(HFLM):
             a loaded model.
         tokenizer: A loaded tokenizer, or one's name; None takes the model's own.
         max_length: Most tokens of a prompt and its answer.
-        device: Such as `"cuda"`; None is the GPU if there is one.
+        device: Such as `"cuda:1"`; None, and `"cuda:0"` as lm-eval's default, is the GPU if there is one.
         dtype: `"auto"` (as saved), `"float32"`, `"bfloat16"` or `"float16"`.
         base: The teacher to apply an adapter to; None is the one it names.
         batch_size: Prompts at a time.
@@ -80,6 +81,9 @@ class LawcatLM(HFLM):
         **kwargs: Any,
     ) -> None:
         model = pretrained
+        # What lm-eval's command gives where none was asked for, and its own models take on a CPU, too.
+        if device == "cuda:0" and not torch.cuda.is_available():
+            device = None
         if isinstance(pretrained, (str, os.PathLike)):
             loaded = load_model(os.fspath(pretrained), dtype=_parse_dtype(dtype), device=device, base=base)
             model, tokenizer = loaded.model, tokenizer or loaded.tokenizer
@@ -127,8 +131,6 @@ class LawcatLM(HFLM):
 
 
 def _parse_dtype(name: str) -> Any:
-    import torch
-
     if name not in _DTYPES:
         raise ConfigurationError(f"dtype is {name!r}; it must be one of {', '.join(_DTYPES)}.")
     return None if name == "auto" else getattr(torch, name)
