@@ -73,7 +73,16 @@ def test_new_parameters_are_float32_in_a_half_precision_pair() -> None:
 
 
 def test_records(pair: Pair) -> None:
-    records = generation.measure(pair, lengths=[40, 16], batch=2, decode_batch=3, seconds=0.005)
+    seen: list[tuple[int, int]] = []
+    records = generation.measure(
+        pair,
+        lengths=[40, 16],
+        batch=2,
+        decode_batch=3,
+        seconds=0.005,
+        progress=lambda title, done, total: seen.append((done, total)),
+    )
+    assert seen == [(i, 4) for i in range(5)]  # the first before the checks
     found = [(r.measurement, r.contender, r.tokens, r.batch) for r in records if r.median_s]
     contenders = ("lawcat (torch)", "teacher, torch SDPA")
     for contender in contenders:
@@ -247,7 +256,15 @@ def test_a_stage_is_gone_before_memory_is_freed(monkeypatch: pytest.MonkeyPatch)
 def test_training_stages() -> None:
     pair = random_pair("tiny", dtype=torch.float32, device=CPU)
     before = pair.student.model.layers[0].self_attn.q_conv.weight.clone()
-    records = training.measure(pair, tokens=32, batch=2, seconds=0.01)
+    seen: list[tuple[int, int]] = []
+    records = training.measure(
+        pair,
+        tokens=32,
+        batch=2,
+        seconds=0.01,
+        progress=lambda title, done, total: seen.append((done, total)),
+    )
+    assert seen == [(0, 2), (1, 2), (2, 2)]
     assert [record.measurement for record in records] == ["training stage 1", "training stage 2"]
     for record in records:
         assert record.reason is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from transformers import PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from lawcat import LawcatForCausalLM
-from lawcat.cli.info import describe, state_bytes
+from lawcat.cli.info import describe, run_info, state_bytes
 from small_models import make_config
 
 LINEAR, SLIDING, FULL = "linear_attention", "sliding_attention", "full_attention"
@@ -52,6 +54,20 @@ def test_a_teacher_of_qwens(tmp_path: Path, config: PreTrainedConfig, family: st
     found = describe(str(tmp_path))
     assert (found["kind"], found["family"], found["heads"]) == ("teacher", family, heads)
     assert found["layers"] == "2 softmax"
+
+
+def test_what_is_fetched_is_said_on_standard_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fetch(source: object, *, progress: Callable[[str], None]) -> PreTrainedConfig:
+        progress(f"fetching {source}")
+        return Qwen2Config(num_hidden_layers=2)
+
+    monkeypatch.setattr("lawcat.cli.info.load_teacher_config", fetch)
+    run_info("some-teacher", as_json=True, shipped=False)
+    shown = capsys.readouterr()
+    assert shown.err == "fetching some-teacher\n"
+    assert json.loads(shown.out)["model"] == "some-teacher"
 
 
 def test_what_is_said(tmp_path: Path) -> None:

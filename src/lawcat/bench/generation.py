@@ -125,10 +125,12 @@ def measure(
     """
     device = next(pair.student.parameters()).device
     check_arguments(device, lengths, cuda_graphs)
+    total, done = len(measurements) * len(lengths), 0
+    if progress is not None:  # checks of a large model take minutes on a CPU
+        progress(f"model, {pair.name}", done, total)
     subjects = pair.subjects(backends)
     checks = {subject.name: _check(subject, device, seed) for subject in subjects}
     errors = {name: check.error for name, check in checks.items()}
-    total, done = len(measurements) * len(lengths), 0
     records: list[Record] = []
     for measurement in measurements:
         limits = Limits(seconds)

@@ -66,6 +66,8 @@ def measure(
         ("training stage 1", lambda: AttentionTransferStage(pair.student, AttentionTransferSettings())),
         ("training stage 2", lambda: _recovery(pair, tokens)),
     ]
+    if progress is not None:  # gradients are checked first
+        progress(f"training, {pair.name}", 0, len(stages))
     for done, (measurement, make) in enumerate(stages, 1):
         runs: dict[str, _Repeated] = {}
         labels: dict[str, str] = {}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from lawcat.cli.display import Display
 from lawcat.convert.adapter import CARD_NAME, Adapter
 from lawcat.convert.families import family_of
 from lawcat.convert.initialize import student_config
 from lawcat.convert.shipped import adapter_folder, shipped_adapters
-from lawcat.convert.teacher import load_teacher_config
+from lawcat.convert.teacher import Progress, load_teacher_config
 from lawcat.errors import ConfigurationError
 from lawcat.evaluation.lengths import format_length
 from lawcat.files import human_bytes
@@ -31,7 +32,8 @@ def run_info(model: str | None, as_json: bool, shipped: bool) -> None:
     if model is None:
         (_print_shipped if shipped else _print_machine)(as_json)
         return
-    found = describe(model)
+    with Display() as display:
+        found = describe(model, progress=display.message)
     if as_json:
         print(json.dumps(found, indent=2))
         return
@@ -94,18 +96,20 @@ def _print_shipped(as_json: bool) -> None:
         print("no adapters come with this lawcat")
 
 
-def describe(model: str) -> dict[str, Any]:
-    """Return what ``lawcat info`` shows, as plain data."""
+def describe(model: str, progress: Progress | None = None) -> dict[str, Any]:
+    """Return what ``lawcat info`` shows, as plain data; ``progress`` hears of what is fetched."""
     kind, base = "teacher", None
     folder = adapter_folder(model)
     if folder is not None:
         adapter = Adapter.load(folder)
         kind, base = "adapter", adapter.base_name
         config = student_config(
-            load_teacher_config(base), softmax_layers=adapter.softmax_layers, **adapter.operator
+            load_teacher_config(base, progress=progress),
+            softmax_layers=adapter.softmax_layers,
+            **adapter.operator,
         )
     else:
-        loaded = load_teacher_config(model)
+        loaded = load_teacher_config(model, progress=progress)
         if isinstance(loaded, LawcatConfig):
             kind, config = "student", loaded
         else:
