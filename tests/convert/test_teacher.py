@@ -291,6 +291,9 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, r"name the file itself, such as .*some\.gguf")
     (tmp_path / "adapter_config.json").write_text("{}")
     refused(tmp_path, "is an adapter, not a model")
+    (tmp_path / "lawcat_adapter.json").write_text("{}")
+    (tmp_path / "adapter_config.json").unlink()
+    refused(tmp_path, "is an adapter of lawcat, a linear model already, and no teacher")
 
 
 @pytest.mark.parametrize(

@@ -268,7 +268,7 @@ def test_stored_results_of_several_runs_make_one_report(tmp_path):
     assert [cell["length"] for cell in joined["results"]] == [1024, 2048]
     assert joined["command"].splitlines() == [short["command"], "second"]
     assert "Published" not in (tmp_path / "out" / "report.md").read_text()
-    with pytest.raises(ConfigurationError, match="Two results have passkey at 1K of 'teacher'"):
+    with pytest.raises(ConfigurationError, match=r"have passkey at 1K of 'teacher'.*--names"):
         join_results([short, short])
     with pytest.raises(ConfigurationError, match="but with other weights"):
         join_results([short, longer | {"model_fingerprint": "x"}])

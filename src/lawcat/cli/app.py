@@ -84,7 +84,7 @@ def linearize(
         str, typer.Argument(help="Hub id, local folder, GGUF file, or smollm2-135m-instruct.")
     ],
     out: Annotated[
-        Path, typer.Argument(help="Directory for the student; must not exist, but from this same run.")
+        Path, typer.Argument(help="Directory for the student; must not exist, unless from this same run.")
     ],
     recipe: Annotated[str, typer.Option(help="A shipped recipe's name, or a YAML file.")] = "quick",
     set_: Annotated[
@@ -308,7 +308,10 @@ def pack(
         str, typer.Option(help="Of convolutions, maps and gates: float16, bfloat16 or float32.")
     ] = "float16",
     base: Annotated[
-        str | None, typer.Option(help="What others load the base by: a hub id or smollm2-135m-instruct.")
+        str | None,
+        typer.Option(
+            help="What others load the base by, fetched to compare: a hub id or smollm2-135m-instruct."
+        ),
     ] = None,
     card: Annotated[
         Path | None, typer.Option(help="Markdown to put into the model card: what was measured.")

@@ -177,7 +177,7 @@ def _teacher_tokenizer(source: Any, progress: Progress | None = None) -> Any:
         return load_tokenizer(source, progress=progress)
     except TeacherError as error:
         raise TeacherError(
-            f"{error} Or name a model that has the same with --tokenizer (tokenizer=)."
+            f"{error} Or name a model that has the same with `lawcat eval --tokenizer` (tokenizer=)."
         ) from error
 
 
@@ -189,7 +189,7 @@ def _student_tokenizer(path: Path) -> Any:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"the student in {path} has no tokenizer that can be loaded. Copy its files there, or name a "
-            "model that has the same with --tokenizer (tokenizer=)."
+            "model that has the same with `lawcat eval --tokenizer` (tokenizer=)."
         ) from error
 
 

@@ -77,10 +77,17 @@ def folder_config(folder: Path) -> PreTrainedConfig:
     """
     from transformers import AutoConfig
 
+    from lawcat.convert.adapter import is_adapter
+
     file = folder / "config.json"
     if not file.is_file():
         if (folder / "adapter_config.json").is_file():
             raise TeacherError(f"{folder} is an adapter, not a model. Give the model that it belongs to.")
+        if is_adapter(folder):
+            raise TeacherError(
+                f"{folder} is an adapter of lawcat, a linear model already, and no teacher. Give the teacher "
+                "that it was made from."
+            )
         gguf = sorted(folder.glob("*.gguf"))
         if gguf:
             raise TeacherError(f"{folder} holds GGUF files: name the file itself, such as {gguf[0]}.")

@@ -132,7 +132,8 @@ def join_results(payloads: Sequence[Payload]) -> list[Payload]:
                 if any((one.get("task", kind), one["length"]) == place for one in before[kind]):
                     raise ConfigurationError(
                         f"Two results have {place[0]} at {format_length(place[1])} of {name!r}. "
-                        "Leave one of them out."
+                        "Leave one of them out, or give the models names of their own, one a file, with "
+                        "--names (names=)."
                     )
                 before[kind].append(cell)
         commands = [before["command"], payload.get("command")]
