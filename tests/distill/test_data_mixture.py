@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import re
 import subprocess
 import sys
 import types
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lawcat.distill.mixture import Mixture, Turns, build_mixture
 from lawcat.distill.recipe import Recipe
 from lawcat.distill.sequence import Batch, PackedSequence
-from lawcat.distill.sources import WindowSource, seed_of, shuffled
+from lawcat.distill.sources import TaskSource, WindowSource, seed_of, shuffled
 from lawcat.errors import ConfigurationError, DataError, LawcatError, MissingDependencyError
 from lawcat.tasks import held_out, niah_training_pair, passkey_training_pair
 
@@ -511,6 +512,40 @@ def test_the_teachers_own_text(tmp_path: Path, tokenizer: Any) -> None:
     assert not built[0].has_task_data
     with pytest.raises(ConfigurationError, match="no teacher is given"):
         build_mixture(recipe, tokenizer, cache_dir=tmp_path)
+
+
+def test_a_sample_that_does_not_fit_is_drawn_again(tokenizer: Any) -> None:
+    """One in many thousands, at whose place a run of many hours would stop each time that it is resumed."""
+    drawn: list[tuple[int, str]] = []
+
+    def pairs(fits: Callable[[int], bool]) -> Any:
+        def make(tokenizer: Any, max_tokens: int, seed: int, rng: random.Random) -> list[tuple[str, str]]:
+            drawn.append((seed, rng.choice("abcdefgh")))
+            if not fits(len(drawn)):
+                raise DataError("too long, this one")
+            return [(f"What is {seed % 1000}?", drawn[-1][1])]
+
+        return make
+
+    def source(fits: Callable[[int], bool]) -> TaskSource:
+        weights = {"answer_weight": 1.0, "context_weight": 0.1}
+        options: dict[str, Any] = {"min_sample_tokens": 128, **weights, "record": {}}
+        return TaskSource("task", pairs(fits), tokenizer, 128, 0, **options)
+
+    for make in (lambda one: one.sequence(5), lambda one: one.long_sequence(5, 2)):
+        drawn.clear()
+        plain = make(source(lambda number: True))
+        again = make(source(lambda number: number in (3, 4)))
+        first, *others = drawn
+        assert others[0] == first
+        assert len({seed for seed, _ in others}) == len(others) == 2
+        assert {choice for _, choice in drawn} == {first[1]}  # or what is seldom too long would be less often
+        assert again.input_ids.shape == plain.input_ids.shape
+        assert not same(again, plain)
+        drawn.clear()
+        with pytest.raises(DataError, match=r"^too long, this one$"):
+            make(source(lambda number: False))
+        assert 10 < len(drawn) < 50
 
 
 class Rows:

@@ -10,6 +10,7 @@ import hashlib
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import repeat
@@ -26,6 +27,8 @@ from lawcat.tasks import encode_pairs, encode_pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_ATTEMPTS = 20
 
 Pairs = Callable[["PreTrainedTokenizerBase", int, int, random.Random], Sequence[tuple[str, str]]]
 """Makes a sample from a tokenizer, the most tokens, a seed, and a generator to choose by.
@@ -257,7 +260,7 @@ class TaskSource:
         """
         length = num_segments * self._length
         rng = random.Random(seed_of(self._seed, "long", index, num_segments))
-        sample = self._encode(length - 1, seed_of(self._seed, "long", index), rng)
+        sample = self._required(length - 1, rng, "long", index)
         front = length - len(sample.tokens)  # a sample fits to within a sentence; the rest is EOS, in front
         ids = np.full(length, self._eos, np.int64)
         ids[front:] = sample.tokens
@@ -285,14 +288,27 @@ class TaskSource:
         if rng.random() < 0.5 and room >= 2 * self._least:
             lengths.insert(0, rng.randint(self._least, room - self._least))
         for length in lengths:
-            try:
+            if length == room and required:
+                return self._required(length - 1, rng, index, number)
+            # What a question takes depends on its key, so only the attempt tells. The rest of the room may
+            # do.
+            with suppress(DataError):
                 return self._encode(length - 1, seed_of(self._seed, index, number), rng)
-            except DataError:
-                # What a question takes depends on its key, so only the attempt tells. The rest of the room
-                # may do.
-                if length == room and required:
-                    raise
         return None
+
+    def _required(self, max_tokens: int, rng: random.Random, *place: object) -> _EncodedSample:
+        """Return a sample; where it takes too many tokens, as one in thousands may, another one like it.
+
+        The generator makes the same choices again, so that none of them becomes rarer; one that never fits is
+        an error.
+        """
+        state = rng.getstate()
+        for attempt in range(1, _ATTEMPTS):
+            with suppress(DataError):
+                return self._encode(max_tokens, seed_of(self._seed, *place), rng)
+            rng.setstate(state)
+            place = (*place[:2], "again", attempt)
+        return self._encode(max_tokens, seed_of(self._seed, *place), rng)
 
     def _encode(self, max_tokens: int, sample_seed: int, rng: random.Random) -> _EncodedSample:
         pairs = self._pairs(self._tokenizer, max_tokens, sample_seed, rng)
