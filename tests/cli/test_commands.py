@@ -244,14 +244,26 @@ def test_a_wrong_option_is_a_usage_error() -> None:
     assert run("eval", "x", "--lenghts", "1k").exit_code == 2
 
 
-def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("module", "arguments", "goes_on"),
+    [
+        ("info", ["info", "x"], False),
+        ("evaluate", ["eval", "x"], False),
+        ("evaluate", ["eval", "x", "--records", "r.jsonl"], True),
+        ("linearize", ["linearize", "x", "y"], True),
+    ],
+)
+def test_ctrl_c_exits_with_130_and_promises_what_is_so(
+    module: str, arguments: list[str], goes_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lawcat.cli.info.run_info", interrupt)
-    result = run("info", "x")
+    monkeypatch.setattr(f"lawcat.cli.{module}.run_{module}", interrupt)
+    result = run(*arguments)
     assert result.exit_code == 130
-    assert "interrupted" in result.stderr
+    assert result.stderr.startswith("lawcat: interrupted")
+    assert ("goes on from there" in result.stderr) == goes_on
 
 
 @pytest.mark.parametrize("command", [["lm-eval", "run"], ["lm-eval-tasks", "folder", "model"]])

@@ -48,7 +48,9 @@ def _with_exit_codes(command: Callable[_Arguments, None]) -> Callable[_Arguments
         except LawcatError as error:
             _stop(str(error), 2)
         except KeyboardInterrupt:
-            _stop("interrupted; what was finished is saved, and the same command goes on from there", 130)
+            saves = command.__name__ == "linearize" or kwargs.get("records") is not None
+            rest = "; what was finished is saved, and the same command goes on from there" if saves else ""
+            _stop(f"interrupted{rest}", 130)
         except BrokenPipeError:  # the reader of our output has gone, as in `lawcat info x | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except OSError as error:

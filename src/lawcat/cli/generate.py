@@ -45,8 +45,13 @@ def run_generate(
         seed=seed,
         chat=chat,
     )
-    for piece in pieces:
-        print(piece, end="", flush=True)
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        pieces.close()
+        print()
+        raise
     print()
 
 

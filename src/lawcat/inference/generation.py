@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from lawcat.inference.decode_graph import decoding_by_graph
 
 # A prompt is read in pieces of so many tokens: what is in memory at once does not grow with its length.
 _PREFILL_TOKENS = 2048
+# How long a reader who leaves waits for the token under way: a process that ends beneath PyTorch aborts.
+_LEAVING_SECONDS = 5.0
 
 
 def stream_text(
@@ -25,8 +27,8 @@ def stream_text(
     top_p: float = 0.95,
     seed: int = 0,
     chat: bool = False,
-) -> Iterator[str]:
-    """Yield the continuation of a prompt as it is made.
+) -> Generator[str, None, None]:
+    """Yield the continuation of a prompt as it is made, until the generator is closed.
 
     Args:
         model: A causal language model of transformers, ours or any other.
@@ -58,7 +60,15 @@ def stream_text(
         if temperature
         else {"do_sample": False}
     )
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    is_left = threading.Event()
+
+    class Streamer(TextIteratorStreamer):  # type: ignore[misc]
+        def put(self, value: torch.Tensor) -> None:
+            if is_left.is_set():
+                raise InterruptedError("nobody reads on")
+            super().put(value)
+
+    streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failure: list[BaseException] = []
 
     def work() -> None:
@@ -78,7 +88,10 @@ def stream_text(
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    yield from streamer
-    thread.join()
+    try:
+        yield from streamer
+    finally:
+        is_left.set()
+        thread.join(_LEAVING_SECONDS)
     if failure:
         raise failure[0]
