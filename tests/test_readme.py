@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 
 from lawcat.cli.app import app
+from lawcat.distill.linearize import linearize
 from lawcat.distill.recipe import Recipe
+from tiny_teachers import save_teacher, write_text
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.S)
@@ -21,9 +24,30 @@ COMMANDS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder where OUT is what ``lawcat linearize TEACHER OUT`` left."""
+    folder = tmp_path_factory.mktemp("readme")
+    save_teacher(folder / "TEACHER", spells=True)
+    text = write_text(folder / "text.txt")
+    stages = {
+        f"{stage}.{field}": value
+        for stage in ("attention_transfer", "recovery")
+        for field, value in {"steps": 1, "warmup_steps": 0, "batch_sequences": 1}.items()
+    }
+    data = [{"provider": "text", "path": str(text)}]
+    recipe = Recipe.load("quick").with_overrides({**stages, "recovery.carried_segments": 0, "data": data})
+    linearize(str(folder / "TEACHER"), folder / "OUT", recipe)
+    return folder
+
+
 @pytest.mark.parametrize("block", PYTHON, ids=range(len(PYTHON)))
-def test_python_blocks_run(block: str) -> None:
-    exec(compile(block, "README.md", "exec"), {})
+def test_python_blocks_run(block: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    names: dict[str, Any] = {}
+    exec(compile(block, "README.md", "exec"), names)
+    if "loaded" in names:
+        assert type(names["model"]).__name__ == type(names["loaded"].model).__name__ == "LawcatForCausalLM"
 
 
 def test_there_is_something_to_check() -> None:
