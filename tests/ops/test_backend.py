@@ -114,6 +114,7 @@ def test_unknown_names_say_where_they_come_from(monkeypatch: pytest.MonkeyPatch)
 
 def test_explain_says_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_calls", Counter())
+    monkeypatch.setattr(backend, "_fallbacks", {})
     for name in ("torch", "torch", "reference"):
         call(backend=name)
     assert explain().splitlines()[-2:] == [
@@ -131,6 +132,7 @@ def test_explain_says_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_calls", Counter())
+    monkeypatch.setattr(backend, "_fallbacks", {})
     lines = explain().splitlines()
     assert [line.split(":")[0] for line in lines] == list(backend_names()[1:])
     assert "taken by 'auto'" in lines[0]
